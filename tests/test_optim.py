@@ -1,0 +1,356 @@
+"""The recipe of training: who decays, how the learning rate moves, and that a step is what the formulas say.
+
+The formulas are written here a second time, with torch's plain AdamW and a norm taken by hand, and compared
+in float64, where what is right agrees to ten digits and more, and what is nearly right does not.
+"""
+import contextlib
+import copy
+import math
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from helpers import TINY, FakeWorld, random_ids, tiny_config, tiny_model
+from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig, configure_optimizers, get_lr, train_step
+
+CPU = torch.device("cpu")
+
+
+# ---- groups
+
+def numbers(groups):
+    return [(len(g["params"]), sum(p.numel() for p in g["params"]), g["weight_decay"]) for g in groups]
+
+
+def test_matrices_decay_and_biases_and_norms_do_not():
+    """GPT-2 (124M): 50 matrices and 98 vectors."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig())
+    [adamw] = configure_optimizers(model, TrainConfig(), torch.device("meta"))
+    assert numbers(adamw.param_groups) == [(50, 124_318_464, 0.1), (98, 121_344, 0.0)]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_parameter_is_in_exactly_one_group(optimizer):
+    model = tiny_model()
+    optimizers = configure_optimizers(model, tiny_config(optimizer=optimizer), CPU)
+    owned = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
+    assert len(owned) == len(set(owned)) and set(owned) == {id(p) for p in model.parameters()}
+    for o in optimizers:
+        for g in o.param_groups:
+            assert {p.dim() for p in g["params"]} == ({2} if g["weight_decay"] else {1})
+
+
+def test_adamw_has_gpt3s_settings():
+    [adamw] = configure_optimizers(tiny_model(), tiny_config(weight_decay=0.3, max_lr=1e-3), CPU)
+    assert isinstance(adamw, torch.optim.AdamW)
+    for g, decay in zip(adamw.param_groups, (0.3, 0.0), strict=True):
+        assert (g["betas"], g["eps"], g["lr"], g["weight_decay"]) == ((0.9, 0.95), 1e-8, 1e-3, decay)
+        assert g["fused"] is True and not g["amsgrad"] and not g["maximize"]
+
+
+def test_fused_only_where_it_exists():
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**TINY))
+    [adamw] = configure_optimizers(model, tiny_config(), torch.device("meta"))
+    assert not adamw.defaults["fused"]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_decay_alone_shrinks_matrices_and_nothing_else(optimizer):
+    """With a gradient of 0 what is left of a step is the decay: 1 - lr * weight_decay, for embeddings too."""
+    model = tiny_model()
+    before = copy.deepcopy(model)
+    cfg = tiny_config(optimizer=optimizer, max_lr=0.01, weight_decay=0.5)
+    for o in configure_optimizers(model, cfg, CPU):
+        for g in o.param_groups:
+            for p in g["params"]:
+                p.grad = torch.zeros_like(p)
+        o.step()
+    for (name, p), q in zip(model.named_parameters(), before.parameters()):
+        kept = 1 - 0.01 * 0.5 if p.dim() == 2 else 1
+        assert torch.allclose(p, q * kept, rtol=1e-6, atol=0), name
+
+
+def test_muon_gets_the_matrices_inside_the_blocks():
+    model = tiny_model()
+    muon, adamw = configure_optimizers(model, tiny_config(optimizer="muon", weight_decay=0.3), CPU)
+    assert isinstance(muon, torch.optim.Muon) and isinstance(adamw, torch.optim.AdamW)
+    mine = {id(p) for g in muon.param_groups for p in g["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in mine}
+    assert names == {f"transformer.h.{i}.{kind}.weight" for i in range(3)
+                     for kind in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
+    assert [g["weight_decay"] for g in muon.param_groups] == [0.3]
+    vectors = 3 * (4 + 4) + 2  # biases, gains and shifts: in three blocks and in ln_f
+    assert [(len(g["params"]), g["weight_decay"]) for g in adamw.param_groups] == [(2, 0.3), (vectors, 0.0)]
+    assert all((g["betas"], g["eps"]) == ((0.9, 0.95), 1e-8) for g in adamw.param_groups)
+
+
+def test_muons_updates_are_nearly_orthogonal_and_of_adamws_size():
+    """Half of the 64 directions of a matrix, the strong ones, move about equally far: 0.2 times the root of
+    its longer side, which makes the update as large as AdamW's usual one."""
+    model = tiny_model(n_embd=64)
+    before = copy.deepcopy(model)
+    cfg = tiny_config(optimizer="muon", weight_decay=0.0)
+    model(random_ids(8, 11), random_ids(8, 11, seed=3))[1].backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    for o in configure_optimizers(model, cfg, CPU):
+        o.step()
+    for (name, p), q in zip(model.transformer.h.named_parameters(), before.transformer.h.parameters()):
+        if p.dim() == 2:
+            update = (q - p) / cfg.max_lr
+            # Singular values come in falling order.
+            spread, was = (torch.linalg.svdvals(m) for m in (update, gradients[f"transformer.h.{name}"]))
+            assert spread[0] < 2 * spread[32], name
+            assert was[0] > 8 * was[32], name  # the gradient itself is nothing like it
+            assert spread[0].item() == pytest.approx(0.2 * math.sqrt(max(p.shape)), rel=0.3), name
+            assert 0.1 < update.square().mean().sqrt() < 0.3, name
+
+
+# ---- the learning rate
+
+def test_the_learning_rate_of_the_paper_run():
+    cfg = TrainConfig()
+    assert get_lr(0, cfg) == pytest.approx(6e-4 / 715) == pytest.approx(8.39e-7, rel=1e-3)
+    assert get_lr(357, cfg) == pytest.approx(6e-4 * 358 / 715)
+    assert get_lr(714, cfg) == get_lr(715, cfg) == 6e-4
+    halfway = (715 + 19072) // 2
+    assert get_lr(halfway, cfg) == pytest.approx((6e-4 + 6e-5) / 2, rel=1e-3)
+    assert 6e-5 < get_lr(19071, cfg) < 6e-5 * 1.00001
+    assert get_lr(19072, cfg) == 6e-5
+
+
+def test_the_learning_rate_rises_then_falls_and_is_never_0():
+    rates = [get_lr(step, TrainConfig()) for step in range(19073)]
+    assert min(rates) > 0
+    assert all(a < b for a, b in zip(rates[:714], rates[1:715]))
+    assert all(a > b for a, b in zip(rates[715:], rates[716:]))
+
+
+@pytest.mark.parametrize("warmup, steps", [(0, 50), (10, 50), (1, 2), (49, 50), (30, 100)])
+def test_the_learning_rate_is_torchs_cosine_after_a_line(warmup, steps):
+    cfg = TrainConfig(max_lr=1.0, min_lr=0.1, warmup_steps=warmup, max_steps=steps)
+    line = [(step + 1) / warmup for step in range(warmup)]
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    curve, cosine = [], CosineAnnealingLR(optimizer, T_max=max(1, steps - 1 - warmup), eta_min=0.1)
+    for _ in range(steps - warmup):
+        curve.append(cosine.get_last_lr()[0])
+        optimizer.step()
+        cosine.step()
+    if len(curve) == 1:  # warm-up up to the last step: there is no curve, only its end
+        curve = [0.1]
+    assert [get_lr(step, cfg) for step in range(steps)] == pytest.approx(line + curve, abs=1e-12)
+
+
+def test_the_learning_rate_of_very_short_runs():
+    one = TrainConfig(max_lr=1.0, min_lr=0.1, warmup_steps=0, max_steps=1)
+    assert get_lr(0, one) == 0.1
+    within = TrainConfig(max_lr=1.0, min_lr=0.1, warmup_steps=100, max_steps=10)  # ends before warm-up does
+    for step in range(10):
+        assert get_lr(step, within) == pytest.approx((step + 1) / 100)
+    assert get_lr(500, within) == 0.1  # a step past the end is the last one's
+
+
+def test_bigger_models_have_gpt3s_smaller_learning_rates():
+    """Brown et al. (2020), table 2.1."""
+    rates = {name: TrainConfig(**PRESETS[name]) for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+    assert [c.max_lr for c in rates.values()] == [6e-4, 3e-4, 2.5e-4, 2e-4]
+    assert all(c.min_lr == pytest.approx(c.max_lr / 10) for c in rates.values())
+
+
+# ---- one step
+
+B, T = 12, TINY["block_size"]
+
+
+def batch(step=0, A=1):
+    """The same 12 rows cut into A micro-batches: inputs and targets (A, 12/A, T)."""
+    ids = random_ids(B, T + 1, seed=100 + step)
+    return ids[:, :-1].reshape(A, B // A, T), ids[:, 1:].reshape(A, B // A, T)
+
+
+def steps_by_hand(model, n, cfg):
+    """n steps of the recipe, written with nothing but autograd, torch's plain AdamW and arithmetic."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=vectors, weight_decay=0)]
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, foreach=False, fused=False)
+    losses, norms = [], []
+    for step in range(n):
+        x, y = batch(step)
+        logits, _ = model(x[0])
+        loss = -logits.log_softmax(-1).gather(2, y[0][:, :, None]).mean()
+        parameters = [*matrices, *vectors]
+        gradients = torch.autograd.grad(loss, parameters)
+        norm = sum((g * g).sum() for g in gradients) ** 0.5
+        for p, g in zip(parameters, gradients):
+            p.grad = g * min(1, cfg.grad_clip / (norm + 1e-6))  # + 1e-6: for a gradient of 0
+        for group in adamw.param_groups:
+            group["lr"] = get_lr(step, cfg)
+        adamw.step()
+        losses.append(loss.item())
+        norms.append(norm.item())
+    return losses, norms
+
+
+def steps_by_us(model, n, cfg, A=1, world=None):
+    world = world or FakeWorld()
+    optimizers = configure_optimizers(model, cfg, CPU)
+    out = [train_step(model, optimizers, *batch(step, A), get_lr(step, cfg), cfg, world) for step in range(n)]
+    return [loss.item() for loss, _ in out], [norm.item() for _, norm in out]
+
+
+def furthest(model, other):
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    return max((p - q).abs().max().item() for p, q in pairs)
+
+
+RECIPE = dict(max_lr=1e-2, min_lr=1e-3, warmup_steps=2, max_steps=6, grad_clip=1.0)
+
+
+@pytest.mark.parametrize("A", [1, 2, 3, 4, 12])
+def test_six_steps_equal_the_recipe_written_a_second_time(A):
+    """Losses, norms and weights; in float64 even twelve micro-batches are one big batch. Three steps are
+    clipped and three are not; from the second one on a wrong beta or a late zero_grad would show.
+
+    The loss is added up in float32. Weights would agree to 1e-12 but for the biases of the keys: softmax
+    cancels them, their gradient is rounding noise, and AdamW divides it by its eps of 1e-8.
+    """
+    model, cfg = tiny_model().double(), tiny_config(**RECIPE)
+    other, start = copy.deepcopy(model), copy.deepcopy(model)
+    losses, norms = steps_by_us(model, 6, cfg, A)
+    want_losses, want_norms = steps_by_hand(other, 6, cfg)
+    assert losses == pytest.approx(want_losses, abs=2e-6)
+    assert norms == pytest.approx(want_norms, abs=1e-12)
+    assert furthest(model, other) < 1e-10 and furthest(model, start) > 1e-2
+    assert [norm > cfg.grad_clip for norm in norms] == [True] * 3 + [False] * 3
+
+
+def test_gradients_below_the_clip_are_left_alone():
+    model, cfg = tiny_model().double(), tiny_config(**{**RECIPE, "grad_clip": 1000.0})
+    other = copy.deepcopy(model)
+    assert max(steps_by_us(model, 3, cfg)[1]) < 1000
+    steps_by_hand(other, 3, cfg)
+    assert furthest(model, other) < 1e-10
+
+
+def updates(cfg, lr=1.0, A=1, world=None):
+    """One step of plain descent, where the update is the gradient -> (updates, gradients, loss, norm)."""
+    model = tiny_model().double()
+    before = copy.deepcopy(model)
+    before(*[t[0] for t in batch()])[1].backward()
+    sgd = torch.optim.SGD(model.parameters(), lr=123.0)
+    loss, norm = train_step(model, [sgd], *batch(A=A), lr, cfg, world or FakeWorld())
+    moved = [(q - p).detach() / lr for p, q in zip(model.parameters(), before.parameters())]
+    return moved, [p.grad for p in before.parameters()], loss, norm
+
+
+def length(tensors):
+    return math.sqrt(sum(t.square().sum().item() for t in tensors))
+
+
+@pytest.mark.parametrize("A", [1, 3, 12])
+@pytest.mark.parametrize("clip", [0.5, 0.0, 1000.0])
+def test_clipping_shortens_the_gradient_and_keeps_its_direction(clip, A):
+    """0 means no clipping. The norm returned is the one before, and the same for more micro-batches."""
+    moved, gradients, _, norm = updates(tiny_config(grad_clip=clip), A=A)
+    assert norm.item() == pytest.approx(length(gradients), abs=1e-12) and norm.item() > 1
+    factor = 0.5 / norm.item() if clip == 0.5 else 1
+    for u, g in zip(moved, gradients):
+        assert torch.allclose(u, factor * g, rtol=1e-5, atol=1e-12)
+    if clip == 0.5:
+        assert length(moved) == pytest.approx(0.5, rel=1e-5)
+
+
+def test_the_loss_returned_is_the_mean_before_the_update():
+    model = tiny_model().double()
+    x, y = batch()
+    want = model(x[0], y[0])[1].item()
+    for A in (1, 4):
+        loss = updates(tiny_config(), A=A)[2]
+        assert loss.shape == () and not loss.requires_grad and loss.item() == pytest.approx(want, abs=2e-6)
+
+
+def test_the_loss_is_the_mean_over_processes():
+    world = FakeWorld(size=4)
+    world.sum = lambda mine: mine + 30.0  # what the three others have
+    alone = updates(tiny_config())[2].item()
+    assert updates(tiny_config(), world=world)[2].item() == pytest.approx((alone + 30) / 4, abs=2e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_sets_the_learning_rate_of_all_groups_and_clears_all_gradients(optimizer):
+    model, cfg = tiny_model(), tiny_config(optimizer=optimizer)
+    optimizers, before = configure_optimizers(model, cfg, CPU), copy.deepcopy(model)
+    train_step(model, optimizers, *batch(A=2), 0.0123, cfg, FakeWorld())
+    assert {g["lr"] for o in optimizers for g in o.param_groups} == {0.0123}
+    assert all(p.grad is None for p in model.parameters())
+    assert all(not torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters()))
+
+
+@pytest.mark.parametrize("A", [1, 2, 4])
+def test_processes_average_once_a_step(A):
+    """Forward and backward of all micro-steps but the last lie inside no_sync; the last lies outside."""
+    model, world, forward, backward = tiny_model(), FakeWorld(), [], []
+    model.register_forward_hook(lambda *a: forward.append(world.held))
+    model.transformer.ln_f.bias.register_hook(lambda gradient: backward.append(world.held))
+    asked = []
+    original = world.no_sync
+    world.no_sync = lambda m: asked.append(m) or original(m)
+    train_step(model, [torch.optim.SGD(model.parameters(), lr=0.1)], *batch(A=A), 0.1, tiny_config(), world)
+    assert forward == backward == [True] * (A - 1) + [False]
+    assert all(m is model for m in asked)
+
+
+def test_forward_runs_under_autocast_and_backward_does_not():
+    model, world, inside, seen = tiny_model(), FakeWorld(), [], []
+
+    @contextlib.contextmanager
+    def autocast():
+        inside.append(1)
+        yield
+        inside.pop()
+
+    world.autocast = autocast
+    model.register_forward_hook(lambda *a: seen.append(("forward", bool(inside))))
+    model.transformer.ln_f.bias.register_hook(lambda g: seen.append(("backward", bool(inside))))
+    train_step(model, [torch.optim.SGD(model.parameters(), lr=0.1)], *batch(A=2), 0.1, tiny_config(), world)
+    assert seen == [("forward", True), ("backward", False)] * 2
+
+
+def scaled_world():
+    return FakeWorld(scaler=torch.amp.GradScaler("cpu", init_scale=2.0 ** 12))
+
+
+@pytest.mark.parametrize("A", [1, 3])
+def test_scaling_for_float16_changes_no_result(A):
+    """The scaler multiplies the loss by a power of two. Norm and clipping are those without it."""
+    cfg = tiny_config(grad_clip=0.5)
+    moved, _, loss, norm = updates(cfg, A=A)
+    scaled, _, scaled_loss, scaled_norm = updates(cfg, A=A, world=scaled_world())
+    assert scaled_loss.item() == pytest.approx(loss.item(), abs=1e-12)
+    assert scaled_norm.item() == pytest.approx(norm.item(), abs=1e-12)
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(moved, scaled))
+
+
+def test_a_step_that_overflows_float16_is_left_out():
+    model, world = tiny_model(), scaled_world()
+    before = copy.deepcopy(model)
+    model.transformer.ln_f.bias.register_hook(lambda gradient: gradient * math.inf)
+    optimizers = configure_optimizers(model, tiny_config(), CPU)
+    loss, norm = train_step(model, optimizers, *batch(), 0.1, tiny_config(), world)
+    assert math.isfinite(loss.item()) and not math.isfinite(norm.item())
+    assert furthest(model, before) == 0 and all(p.grad is None for p in model.parameters())
+    assert world.scaler.get_scale() == 2.0 ** 11  # and the next one is scaled less
+
+
+def test_training_learns_a_text_by_heart():
+    """The whole recipe at work: from a uniform guess to certainty on twelve rows."""
+    model, cfg = tiny_model(noise=0.0), tiny_config(max_lr=1e-2, min_lr=1e-3, warmup_steps=5, max_steps=80)
+    optimizers = configure_optimizers(model, cfg, CPU)
+    losses = []
+    for step in range(80):
+        loss, _ = train_step(model, optimizers, *batch(A=2), get_lr(step, cfg), cfg, FakeWorld())
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(math.log(37), abs=0.1) and losses[-1] < 0.3
