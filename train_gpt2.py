@@ -1461,8 +1461,10 @@ if __name__ == "__main__":
         main()
     except UserError as error:  # wrong input gets one line, no traceback that would hide it
         status = 2
-        if os.environ.get("RANK", "0") == "0":
-            print(f"train_gpt2.py: {error}", file=sys.stderr)
+        # All processes meet it, and one line is enough. torchrun ends them all when the first one leaves, which must
+        # not be before process 0 has spoken; only what it does not know outlives the wait, and is said by the finder.
+        time.sleep(20 if os.environ.get("RANK", "0") != "0" else 0)
+        print(f"train_gpt2.py: {error}", file=sys.stderr)
     if "RANK" in os.environ:
         # The threads of a group of processes outlive it. One that wants Python's lock while Python shuts down
         # aborts the process, which has done its work: leave without the shutting down.

@@ -6,7 +6,7 @@ second and not four. What depends on torchrun, on a terminal's process group or 
 `shell` instead.
 """
 import json
-import multiprocessing
+import multiprocessing.connection
 import os
 import runpy
 import signal
@@ -119,9 +119,18 @@ def start_many(size, arguments, cwd, patch=None):
 
 
 def run_many(size, arguments, cwd, patch=None, status=0):
+    """Run to the end. As under torchrun, the first one that fails ends all; that one must have this status."""
     running = start_many(size, arguments, cwd, patch)
+    end = time.monotonic() + 120
+    while time.monotonic() < end and all(r.process.exitcode in (None, 0) for r in running) and (
+            alive := [r.process.sentinel for r in running if r.process.is_alive()]):
+        multiprocessing.connection.wait(alive, timeout=1)
+    failed = [r.process.exitcode for r in running if r.process.exitcode]
+    if failed:
+        for r in running:
+            r.process.terminate()
     got = [r.wait() for r in running]
-    assert got == [status] * size, f"{got}" + "\n".join(r.out[-500:] + r.err[-3000:] for r in running)
+    assert {got[0], *failed} == {status}, f"{got}" + "\n".join(r.out[-500:] + r.err[-3000:] for r in running)
     return running
 
 
