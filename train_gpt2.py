@@ -8,6 +8,7 @@ GPT-2 (124M), reproduced: the model, the data and the training run in one file t
     python train_gpt2.py eval   --init gpt2  val loss and HellaSwag of OpenAI's weights, or of any checkpoint
     python train_gpt2.py sample --init log "Hello, I'm a language model,"
     python train_gpt2.py export --init log --out my-gpt2         a folder that Hugging Face's transformers reads
+    python train_gpt2.py plot   --log_dir log                    log/log.png: the curves, with GPT-2's for comparison
 
 A map, in reading order. The ideas come first; section 9 is plumbing, to be skipped on a first reading.
 
@@ -840,6 +841,7 @@ class Log:
 
     def __init__(self, cfg, world, start):
         self.values, self.file, self.tracker = {}, None, None
+        self.began = self.drawn = time.monotonic()
         world.first(lambda: self.open(cfg, start))
 
     def open(self, cfg, start):
@@ -847,9 +849,10 @@ class Log:
         path = Path(cfg.log_dir, "log.txt")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            self.tracker = start_tracker(cfg) if cfg.wandb else None
             moved = None if cfg.resume else put_aside(path.parent)
             old = path.read_text().splitlines(keepends=True) if path.exists() else []
-            old = [line for line in old if re.fullmatch(r"\d+ \S+ \S+\n", line) and int(line.split()[0]) < start]
+            old = [line for line in old if re.fullmatch(LOG_LINE, line) and int(line.split()[0]) < start]
             write_whole(path, "".join(old).encode())
             write_whole(path.with_name("config.json"), json.dumps({**asdict(cfg), "resume": False}, indent=2).encode())
             self.file = open(path, "a", buffering=1)  # hands every line over as soon as it is complete
@@ -859,12 +862,6 @@ class Log:
             print(moved)
         for step, stream, value in map(str.split, old):
             self.values.setdefault(stream, {})[int(step)] = float(value)
-        if cfg.wandb:
-            try:
-                import wandb
-            except ImportError:
-                raise UserError("--wandb needs a package that is not here: pip install wandb") from None
-            self.tracker = wandb.init(project=cfg.wandb, config=asdict(cfg))
 
     def write(self, step, streams):
         """write(3, {"train": 4.2, "norm": 0.9}) writes two lines."""
@@ -878,16 +875,52 @@ class Log:
         if self.tracker:
             self.tracker.log(streams, step=step)
 
-    def close(self):
+    def show(self, step, texts):
+        """Samples, for the tracker; the console has them already."""
+        if self.tracker:
+            import wandb
+            self.tracker.log({"samples": wandb.Table(columns=["text"], data=[[text] for text in texts])}, step=step)
+
+    def draw(self, step, cfg):
+        """Refresh log_dir/log.png, on process 0 and at most twice a minute. A failure costs one warning."""
+        since = self.began if step == cfg.max_steps else self.drawn  # all but runs of seconds draw their end
+        if self.file and time.monotonic() > since + 30:
+            self.drawn = time.monotonic()
+            try:
+                save_figure(draw_logs({cfg.log_dir: (self.values, asdict(cfg))}), Path(cfg.log_dir, "log.png"))
+            except Exception as error:  # no matplotlib, no room, no fonts: a picture is not worth a run
+                self.began = self.drawn = math.inf
+                print(f"WARNING: no picture of the log ({type(error).__name__}: {error})")
+
+    def close(self, checkpoint=None):
+        """The end of a run; a tracker keeps its last checkpoint, if it came to its last step."""
         if self.file:
             self.file.close()
         if self.tracker:
+            if checkpoint:
+                self.tracker.log_artifact(checkpoint, name=f"checkpoint-{self.tracker.id}", type="model")
             self.tracker.finish()
+
+
+# A line of log.txt: step, stream, value.
+LOG_LINE = r"(\d+) (\S+) (-?\d+(?:\.\d+)?(?:e[-+]?\d+)?|nan|-?inf)\n"
+
+
+def start_tracker(cfg):
+    """A run at Weights & Biases. Its files lie in log_dir, and what was resumed is one group there."""
+    try:
+        import wandb
+        return wandb.init(project=cfg.wandb, group=cfg.log_dir, dir=cfg.log_dir, config=asdict(cfg))
+    except ImportError:
+        raise UserError("--wandb needs a package that is not here: pip install wandb") from None
+    except wandb.Error as error:
+        raise UserError(f"--wandb {cfg.wandb}: {' '.join(str(error).split())}") from error
 
 
 def put_aside(folder):
     """Move an earlier run's files into folder/earlier-1 (or -2 ...), so that a new run overwrites nothing."""
-    old = [f for kind in ("log.txt", "config.json", "ckpt_*.pt", "tokenizer*.json") for f in folder.glob(kind)]
+    kinds = ("log.txt", "log.png", "config.json", "ckpt_*.pt", "tokenizer*.json")
+    old = [file for kind in kinds for file in folder.glob(kind)]
     if old:
         number = 1
         while (aside := folder / f"earlier-{number}").exists():
@@ -913,6 +946,88 @@ def write_whole(path, content):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+# ---- a picture of the log
+
+# GPT-2 (124M) on FineWeb-Edu's val shard and on HellaSwag (build-nanogpt's figures), and two public runs of
+# the paper run's recipe on the same text, {step: value}. The first of them had twice our max_lr.
+GPT2_124M = dict(loss=3.2924, hella=0.294463)
+PUBLIC_RUNS = {
+    "sukhvir-notra/gpt2": dict(
+        loss={0: 10.952, 250: 5.934, 500: 5.039, 1000: 3.984, 2000: 3.580, 5000: 3.322, 10000: 3.174, 15000: 3.084,
+              19072: 3.041},
+        hella={0: 0.2495, 1000: 0.2627, 2000: 0.2682, 5000: 0.2767, 10000: 0.2900, 15000: 0.3007, 19072: 0.3073}),
+    "logbob0401/build-nanogpt": dict(
+        loss={0: 10.951, 250: 6.144, 500: 5.274, 1000: 4.137, 2000: 3.646, 5000: 3.335, 10000: 3.176, 15000: 3.086,
+              19072: 3.053},
+        hella={0: 0.2490, 1000: 0.2566, 2000: 0.2614, 5000: 0.2769, 10000: 0.2917, 15000: 0.2979, 19072: 0.3022}),
+}
+LOG_TITLES = {"loss": "loss: train (thin), val (dots)", "hella": "HellaSwag, acc_norm", "lr": "learning rate",
+              "norm": "norm of the gradient", "tok/s": "tokens a second"}
+
+
+def read_log(source):
+    """A log folder or a log file, ours or build-nanogpt's -> ({stream: {step: value}}, its config.json or {})."""
+    path, values = Path(source), {}
+    files = [path] if path.is_file() else sorted(path.glob("*log.txt"), key=lambda file: len(file.name))
+    for line in files[0].read_text(errors="replace").splitlines(keepends=True) if files else []:
+        if found := re.fullmatch(LOG_LINE, line):  # the last value of a step counts, half a line does not
+            values.setdefault(found[2], {})[int(found[1])] = float(found[3])
+    if not values:
+        raise UserError(f"--log_dir {source}: there is no log.txt with lines `step stream value`")
+    config = files[0].with_name("config.json")
+    return values, read_json(config) if config.exists() else {}
+
+
+def draw_logs(logs):
+    """{name: what read_log returned} -> a figure: losses and HellaSwag, below them lr, norm and tok/s.
+
+    GPT-2's loss and the public runs are drawn only beside runs on their text in their vocabulary, since other
+    losses do not compare. A log without a config.json is taken to be build-nanogpt's, which is one of them.
+    """
+    from matplotlib.figure import Figure  # not pyplot, which keeps every figure and may look for a screen
+    streams = {stream for values, _ in logs.values() for stream in values}
+    rows = [name for name in ("lr", "norm", "tok/s") if name in streams]
+    rows = [["loss"] + ["hella"] * ("hella" in streams)] + [rows] * bool(rows)
+    figure = Figure(figsize=(10, 1.5 + 2.5 * len(rows)), layout="constrained")
+    panels = figure.subplot_mosaic([[name for name in row for _ in range(6 // len(row))] for row in rows],
+                                   height_ratios=[2, 1][:len(rows)])
+    for number, (name, (values, c)) in enumerate(logs.items()):
+        text = f" on {Path(c['data_dir']).name}" if "data_dir" in c else ""
+        for stream in sorted(values.keys() & {*panels, "train", "val"}):  # val lies on top of train
+            steps, points = zip(*sorted(values[stream].items()))
+            look = dict(linewidth=0.7, alpha=0.7)
+            if stream in ("val", "hella"):
+                look = dict(marker=".", label=f"{name}: {points[-1]:.4f}" + text * (stream == "val"))
+            panels["loss" if stream in ("train", "val") else stream].plot(steps, points, color=f"C{number}", **look)
+    comparable = [c for _, c in logs.values() if "edu" in Path(c.get("data_dir", "edu")).name and
+                  c.get("vocab_size", 50304) in (50257, 50304)]
+    end = max(step for values, _ in logs.values() for points in values.values() for step in points)
+    for name in panels.keys() & GPT2_124M.keys() if comparable else ():
+        panels[name].axhline(GPT2_124M[name], color="red", label=f"GPT-2 (124M): {GPT2_124M[name]:.4f}")
+        for marker, (run, points) in zip("xd", PUBLIC_RUNS.items()):
+            steps = [step for step in points[name] if step <= end]
+            panels[name].scatter(steps, [points[name][step] for step in steps], marker=marker, c="gray", label=run,
+                                 zorder=3)  # above the curves
+    if comparable and "hella" in panels:
+        panels["hella"].axhline(0.337, color="green", label="GPT-3 (125M): 0.337")
+    for name, panel in panels.items():
+        panel.set(title=LOG_TITLES[name], xlabel="step")
+        panel.grid(alpha=0.3)
+        if name in ("loss", "hella") and panel.get_legend_handles_labels()[0]:
+            panel.legend(fontsize="small")
+    panels["loss"].set_yscale("log")  # the end of a run, where little moves, deserves room too
+    panels["loss"].yaxis.set_major_formatter("{x:g}")
+    panels["loss"].yaxis.set_minor_formatter("{x:g}")
+    return figure
+
+
+def save_figure(figure, path):
+    """Write a picture so that whoever looks at it never sees half of one."""
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, format=path.suffix[1:] or "png", dpi=80)
+    os.replace(temporary, path)
 
 
 # ---- checkpoints
@@ -1071,7 +1186,7 @@ def parse_config(action, argv):
     parser = make_parser(action)
     given = vars(parser.parse_args(argv))
     log_dir = given.get("log_dir", TrainConfig.log_dir)
-    init = given.get("init", "scratch" if action == "train" else log_dir)
+    init = given.get("init", "scratch" if action in ("train", "plot") else log_dir)
     front = words(PRESETS[given["preset"]]) if "preset" in given else []
     if "config" in given:
         front += words(read_json(given["config"]))
@@ -1232,6 +1347,7 @@ def describe_end(cfg, world):
     world.print(f"done: log, configuration and checkpoints are in {cfg.log_dir}. Try next:\n"
                 f"  python train_gpt2.py sample --init {cfg.log_dir} {json.dumps(cfg.prompt)}\n"
                 f"  python train_gpt2.py eval --init {cfg.log_dir}\n"
+                f"  python train_gpt2.py plot --log_dir {cfg.log_dir}\n"
                 f"  python train_gpt2.py export --init {cfg.log_dir} --out my-gpt2")
 
 
@@ -1252,6 +1368,8 @@ def loop(run, cfg, world, stop):
                         f"--log_dir {cfg.log_dir}")
             return
         measure(step, run, cfg, world)
+        if due(step, cfg.val_every, cfg) or due(step, cfg.hellaswag_every, cfg):
+            run.log.draw(step, cfg)
         if step == cfg.max_steps:
             break
 
@@ -1288,8 +1406,10 @@ def measure(step, run, cfg, world):
         score = score_hellaswag(run.raw_model, run.hellaswag, run.tokenizer, world)
         run.log.write(step, {"hella": score["acc_norm"]})
     if run.tokenizer and due(step, cfg.sample_every, cfg) and world.rank == 0:
-        for text in continue_text(run.raw_model, run.tokenizer, cfg.prompt, 2, 64, cfg.seed + step):
+        texts = continue_text(run.raw_model, run.tokenizer, cfg.prompt, 2, 64, cfg.seed + step)
+        for text in texts:
             world.print("sample | " + text.replace("\n", "\n       | "))
+        run.log.show(step, texts)
 
 
 def build_run(cfg, world):
@@ -1380,7 +1500,7 @@ def train(cfg):
         run = build_run(cfg, world)
         with catch_signals() as stop:
             loop(run, cfg, world, stop)
-        run.log.close()
+        run.log.close(None if stop.asked else next(iter(checkpoint_files(cfg.log_dir)), None))
         return run.log.values
     except torch.OutOfMemoryError as error:
         raise UserError(f"the GPU's memory is too small for --micro_batch_size {cfg.micro_batch_size}: use half, or "
@@ -1431,6 +1551,21 @@ def export(cfg, out):
           f"print(pipeline('text-generation', model='{out}')('Hello'))\"")
 
 
+def plot(cfg, others=(), out=None):
+    """plot: the logs of --log_dir and of other folders as one picture -> its file."""
+    logs = {str(source): read_log(source) for source in (cfg.log_dir, *others)}
+    path = Path(cfg.log_dir)
+    path = Path(out or (path.parent if path.is_file() else path) / "log.png")
+    try:
+        save_figure(draw_logs(logs), path)
+    except ImportError:
+        raise UserError("plot needs a package that is not here: pip install matplotlib") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be written: {error}") from error
+    print(f"wrote {path}")
+    return path
+
+
 # The first word of a command line -> the function that does it, and
 # the arguments that it takes besides the flags.
 ACTIONS = {
@@ -1442,6 +1577,8 @@ ACTIONS = {
                         "--max_new_tokens": dict(type=int, help="ids to write at most"),
                         "--num_samples": dict(type=int, help="how many texts")}),
     "export": (export, {"--out": dict(required=True, help="the folder to write")}),
+    "plot": (plot, {"others": dict(nargs="*", metavar="LOG", help="more log folders, for the same picture"),
+                    "--out": dict(help="the picture, .png or .svg; log.png in --log_dir if not said")}),
 }
 
 

@@ -154,7 +154,7 @@ def test_the_map_leads_to_sections_in_this_order():
 
 def test_the_launch_lines_name_what_exists():
     lines = re.findall(r"^    (?:torchrun .*|python )train_gpt2\.py(.*?)(?:  |$)", train_gpt2.__doc__, re.M)
-    assert len(lines) == 7
+    assert len(lines) == 8
     flags = {f.name for f in fields(TrainConfig)} | {"preset", "config", "out"}
     for line in lines:
         words = line.split()
