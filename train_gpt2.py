@@ -910,7 +910,8 @@ def start_tracker(cfg):
     """A run at Weights & Biases. Its files lie in log_dir, and what was resumed is one group there."""
     try:
         import wandb
-        return wandb.init(project=cfg.wandb, group=cfg.log_dir, dir=cfg.log_dir, config=asdict(cfg))
+        return wandb.init(project=cfg.wandb, group=Path(cfg.log_dir).name, dir=cfg.log_dir,
+                          config=asdict(cfg))
     except ImportError:
         raise UserError("--wandb needs a package that is not here: pip install wandb") from None
     except wandb.Error as error:
