@@ -1,33 +1,41 @@
-"""Speed, measured where you are: each benchmark does one thing in two ways, in turn, on the same machine.
+"""Speed, measured where you are: each benchmark does one thing in several ways, in turn, on the same machine.
 
-    python lessons/measure_speed.py                               # all benchmarks
-    python lessons/measure_speed.py tokenising --text web.txt     # one of them, on a text of your own
+    python lessons/measure_speed.py                               # ladder, loader, start: minutes on two cores
+    python lessons/measure_speed.py ladder --device cuda          # the rungs of a training step, on a GPU
+    python lessons/measure_speed.py tokenising --text web.txt     # one benchmark, on a text of your own
 
 Other programs slow a machine down from one second to the next. So the ways take turns for several rounds, and
 what counts is the median of the ratios, not the megabytes per second. Results are kept in
 lessons/measured/speed_<device>.json, with the machine, the versions and the commit that they belong to.
 """
 import argparse
+import contextlib
 import datetime
 import json
 import multiprocessing
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import fineweb    # noqa: E402  (found through the line above)
 import hellaswag  # noqa: E402
+import train_gpt2  # noqa: E402
 
 SHARD = 5_000_000       # tokens in a shard of the tokenising benchmark
 WORKER = {}             # what a worker process keeps
@@ -52,6 +60,235 @@ def in_turn(ways, rounds):
 
 def median_ratio(first, second):
     return round(statistics.median(a / b for a, b in zip(first, second)), 2)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the ladder: one training step, made faster rung by rung
+
+@dataclass(frozen=True)
+class Rung:
+    """How a step is computed. A rung changes one of these, and none may change what is computed."""
+    name: str = "float32"
+    tf32: bool = False      # float32 products with 10 bits of mantissa
+    dtype: torch.dtype = torch.float32
+    compile: bool = False
+    sdpa: bool = False      # F.scaled_dot_product_attention, or attention written out
+    padded: bool = False    # rows in wte: 50304, or 50257
+    fused: bool = False     # AdamW in one kernel, or in a few operations for all parameters together
+    chunked: bool = False   # F.linear_cross_entropy, which never holds all logits, or all of them at once
+    times: int = 1          # rows, in multiples of the first rung's
+    theirs: bool = False    # transformers' GPT-2 in the place of ours
+
+
+CHANGES = {"TF32": dict(tf32=True), "bfloat16": dict(dtype=torch.bfloat16), "torch.compile": dict(compile=True),
+           "fused attention": dict(sdpa=True), "padded vocabulary": dict(padded=True),
+           "fused AdamW": dict(fused=True), "chunked loss": dict(chunked=True), "twice the rows": dict(times=2)}
+# What a rung may move the loss by; the others 1e-5. Padding adds 47 ids that nobody says: ln(50304 / 50257) = 0.0009.
+TOLERANCE = {"TF32": 1e-3, "bfloat16": 1e-2, "padded vocabulary": 2e-3}
+# block_size, rows, n_layer, n_head, n_embd, and the vocabulary without and with padding
+SIZES = {"cpu": {"124M, 4 x 256 tokens": (256, 4, 12, 12, 768, 50257, 50304),
+                 "6 layers of 192, 16 x 256 tokens": (256, 16, 6, 6, 192, 1009, 1024)},
+         "cuda": {"124M, 16 x 1024 tokens": (1024, 16, 12, 12, 768, 50257, 50304)}}
+
+
+def missing(rung, device, size):
+    """Why a rung can't be measured on a device, or ""."""
+    if rung.tf32 and device.type != "cuda":
+        return "TF32 is in NVIDIA's GPUs"
+    if rung.dtype == torch.bfloat16 and device.type == "cpu" and not torch.cpu.get_capabilities().get("avx512_bf16"):
+        return "this CPU has no bfloat16 arithmetic; emulated, a step takes several times as long"
+    if rung.compile and device.type == "cpu" and not shutil.which("g++"):
+        return "torch.compile needs g++ on a CPU"
+    if rung.compile and device.type == "cpu" and size[2] > 6:
+        return "on a CPU compiled at the smaller size only: here it would take minutes"
+    return ""
+
+
+def ladder_of(device, size):
+    """[(rung, why it is missing)] from the bottom. Each stands on those below it, where the device has them; on a
+    CPU nobody stands on torch.compile, which takes longer than a short run can save."""
+    below = Rung()
+    rungs = [(below, "")]
+    for name, change in CHANGES.items():
+        rung = replace(below, name=name, **change)
+        why = missing(rung, device, size)
+        rungs.append((rung, why))
+        below = below if why or (rung.compile and device.type == "cpu") else rung
+    for theirs in (Rung("transformers", theirs=True, sdpa=True),
+                   Rung("transformers, bfloat16", theirs=True, sdpa=True, dtype=torch.bfloat16)):
+        rungs.append((theirs, missing(theirs, device, size)))
+    return rungs
+
+
+def attention_written_out(q, k, v, attn_mask=None, is_causal=True):
+    """What the fused kernel computes, with all T x T weights in memory -> (B, nh, T, hs)."""
+    weights = q @ k.transpose(-2, -1) / q.size(-1) ** 0.5
+    future = torch.ones(q.size(-2), q.size(-2), dtype=torch.bool, device=q.device).triu(1)
+    return F.softmax(weights.masked_fill(future, -torch.inf), dim=-1) @ v
+
+
+def same_models(size, device):
+    """Ours without and with padding, and transformers', all three with the same weights -> {(theirs, padded): it}."""
+    from transformers import GPT2LMHeadModel
+    T, _, n_layer, n_head, n_embd, unpadded, padded = size
+    torch.manual_seed(0)
+    ours = train_gpt2.GPT(train_gpt2.GPTConfig(T, unpadded, n_layer, n_head, n_embd))
+    wider = train_gpt2.GPT(replace(ours.config, vocab_size=padded))
+    with torch.no_grad():
+        for p, q in zip(wider.parameters(), ours.parameters()):
+            p[:len(q)] = q
+    with tempfile.TemporaryDirectory() as folder:
+        ours.save_pretrained(folder)
+        theirs = GPT2LMHeadModel.from_pretrained(folder).train()
+    return {(False, False): ours.to(device), (False, True): wider.to(device), (True, False): theirs.to(device)}
+
+
+class Stepper:
+    """A model, its optimiser and a batch; step() is one update as a rung has it, first_loss() what it starts from."""
+
+    def __init__(self, rung, size, models, device):
+        T, rows, *_, unpadded, _ = size
+        self.rung, self.device, self.model = rung, device, models[rung.theirs, rung.padded]
+        self.optimizer = models.setdefault((self.model, rung.fused), torch.optim.AdamW(
+            self.model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=rung.fused))
+        ids = torch.randint(unpadded, (rows, T + 1), generator=torch.Generator().manual_seed(1))
+        self.x, self.y = (part.repeat(rung.times, 1).to(device) for part in (ids[:, :-1], ids[:, 1:]))
+        self.compute = torch.compile(self.loss, dynamic=False) if rung.compile else self.loss
+
+    def loss(self, x, y):
+        if self.rung.theirs:
+            return F.cross_entropy(self.model(x).logits.flatten(0, 1), y.flatten())
+        if not self.rung.chunked:
+            return self.model(x, y)[1]
+        return F.linear_cross_entropy(self.model.hidden(x).flatten(0, 1), self.model.lm_head.weight, y.flatten(),
+                                      options=torch.nn.LinearCrossEntropyOptions())
+
+    @contextlib.contextmanager
+    def conditions(self):
+        torch.set_float32_matmul_precision("high" if self.rung.tf32 else "highest")
+        written_out = mock.patch.object(F, "scaled_dot_product_attention", attention_written_out)
+        with contextlib.nullcontext() if self.rung.sdpa else written_out:
+            yield
+        torch.set_float32_matmul_precision("highest")
+
+    def forward(self):
+        with torch.autocast(self.device.type, self.rung.dtype, enabled=self.rung.dtype != torch.float32):
+            return self.compute(self.x, self.y)
+
+    def first_loss(self):
+        with self.conditions(), torch.no_grad():
+            return self.forward().item()
+
+    def step(self):
+        with self.conditions():
+            loss = self.forward()
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.item()  # waits for the device: before that there is nothing to time
+
+
+def climb(size, device, rounds=3):
+    """One ladder -> its rows, [{rung, ms, tok_s, times_faster, memory_mb, mfu, loss, loss_difference, note}].
+
+    ms is the median of the rounds, times_faster the median of their ratios to the first rung. memory_mb is the
+    peak of a step beyond weights and moments, on CUDA. mfu counts 6N + 12LHQT operations a token, against the
+    GPU's data sheet, or on a CPU against the float32 matrix products that it does here, measured beside.
+    """
+    models, rows, steppers = same_models(size, device), [], {}
+    for rung, why in ladder_of(device, size):
+        row = {"rung": rung.name, "note": why}
+        rows.append(row)
+        if why:
+            continue
+        stepper = steppers[rung.name] = Stepper(rung, size, models, device)
+        row["loss"] = stepper.first_loss()
+    for row in rows:  # all first losses are of the same weights: only now does anyone move them
+        if row["rung"] in steppers:
+            row["loss_difference"] = row["loss"] - rows[0]["loss"]
+            row["memory_mb"] = peak_of(steppers[row["rung"]], device)
+    clock, _ = in_turn({name: stepper.step for name, stepper in steppers.items()}, rounds)
+    T, _, n_layer, _, n_embd, _, padded = size
+    flops = 6 * (12 * n_layer * n_embd ** 2 + padded * n_embd) + 12 * n_layer * n_embd * T
+    peak = peak_flops(device)
+    for row in rows:
+        if row["rung"] in steppers:
+            seconds, tokens = clock[row["rung"]], steppers[row["rung"]].x.numel()
+            row["ms"] = round(1000 * statistics.median(seconds), 1)
+            row["tok_s"] = round(1000 * tokens / row["ms"], 1)
+            first = steppers[rows[0]["rung"]].x.numel()
+            row["times_faster"] = round(median_ratio(clock[rows[0]["rung"]], seconds) * tokens / first, 2)
+            row["mfu"] = round(row["tok_s"] * flops / peak, 3)
+    return rows
+
+
+def peak_of(stepper, device):
+    """MB that a step takes at its peak beyond what is there between steps; None off CUDA. Also the warm-up."""
+    stepper.step()
+    if device.type != "cuda":
+        return None
+    stepper.step()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    stepper.step()
+    return round((torch.cuda.max_memory_allocated() - before) / 1e6)
+
+
+def peak_flops(device):
+    """Operations a second that a GPU's maker promises in 16 bits, or that matrix products reach on this CPU."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return next((flops for gpu, flops in train_gpt2.PEAK_FLOPS.items() if gpu in name), float("nan"))
+    a, b = torch.randn(1024, 768), torch.randn(768, 3072)
+    seconds, _ = in_turn({"mm": lambda: [a @ b for _ in range(10)]}, 5)
+    return 10 * 2 * a.numel() * b.size(1) / min(seconds["mm"])
+
+
+def bench_ladder(device="cpu", rounds=3):
+    """The ladder at each size that suits the device."""
+    device = torch.device(device)
+    ladders = []
+    for name, size in SIZES[device.type].items():
+        ladders.append({"name": name, "rows": climb(size, device, rounds)})
+        print(f"{name}\n{'':26}{'ms':>10}{'tok/s':>10}{'times':>8}{'MB':>8}{'MFU':>7}{'loss':>10}{'':>3}difference")
+        for row in ladders[-1]["rows"]:
+            if "ms" in row:
+                print(f"{row['rung']:26}{row['ms']:10.1f}{row['tok_s']:10.0f}{row['times_faster']:8.2f}"
+                      f"{row['memory_mb'] or '':>8}{row['mfu']:7.1%}{row['loss']:10.4f}{row['loss_difference']:+13.6f}")
+            else:
+                print(f"{row['rung']:26}   {row['note']}")
+    return ladders
+
+
+# ------------------------------------------------------------------------------------------------------------
+# around the step: what the loader, the start and a second process cost
+
+def bench_loader(steps=50):
+    """What a step waits for its batch, against what the batch would cost without the thread that reads ahead."""
+    with tempfile.TemporaryDirectory() as folder:
+        rng = np.random.default_rng(0)
+        np.save(Path(folder, "text_train_000000.npy"), rng.integers(0, 50257, 20_000_000, dtype=np.uint16))
+        cfg = train_gpt2.TrainConfig(total_batch_size=2 ** 19, max_steps=steps)
+        corpus = train_gpt2.Corpus(folder, "train", cfg.block_size, cfg.vocab_size)
+        world = mock.Mock(rank=0, size=1, device=torch.device("cpu"))
+        loader = train_gpt2.DataLoaderLite(corpus, 16, cfg, world)
+        begin = time.perf_counter()
+        for step in range(steps):
+            loader.read(step)
+        alone = (time.perf_counter() - begin) / steps
+    return {"ms_per_524288_tokens": round(alone * 1000, 1), "tokens_per_s": round(cfg.total_batch_size / alone)}
+
+
+def bench_start(rounds=3):
+    """Seconds from the command to the prompt: import, --help, and the first line of a training step."""
+    def python(*words):
+        return lambda: subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, check=True)
+
+    ways = {"import torch": python("-c", "import torch"), "import train_gpt2": python("-c", "import train_gpt2"),
+            "--help": python("train_gpt2.py", "--help")}
+    clock, _ = in_turn(ways, rounds)
+    return {name: round(min(seconds), 2) for name, seconds in clock.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -122,7 +359,6 @@ def bench_tokenising(text=None, workers=2, rounds=5, megabytes=60):
 
 def hellaswag_usual(model, examples, encode, autocast):
     """The usual way: a forward a question, its four rows padded, all logits -> sums of log p (n, 4)."""
-    import torch
     sums, device = [], next(model.parameters()).device
     with torch.no_grad():
         for example in examples:
@@ -130,8 +366,8 @@ def hellaswag_usual(model, examples, encode, autocast):
             tokens, mask = tokens.to(device), mask.to(device)
             with autocast:
                 logits, _ = model(tokens)
-            losses = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(),
-                                                       tokens[:, 1:].flatten(), reduction="none").view(4, -1)
+            losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(),
+                                     reduction="none").view(4, -1)
             sums.append(-(losses * mask[:, 1:]).sum(1))
         return torch.stack(sums).double().cpu()
 
@@ -143,8 +379,6 @@ def bench_hellaswag(n=None, rounds=5):
     downloaded, or else the twelve of the tests. Returns for each dtype examples/s of each way (median), how
     many times faster ours is (median of the rounds; by processor time too), and by how much their sums of
     log p differ at most. """
-    import torch
-    import train_gpt2
     device = train_gpt2.pick_device("auto")
     try:
         examples = list(hellaswag.iterate_examples())
@@ -179,38 +413,58 @@ def bench_hellaswag(n=None, rounds=5):
     return results
 
 
-BENCHES = {"tokenising": bench_tokenising, "hellaswag": bench_hellaswag}
-
-
 # ------------------------------------------------------------------------------------------------------------
 # running and keeping
 
-def machine():
-    """What a number belongs to: processor, versions, commit, date."""
+BENCHES = {"ladders": bench_ladder, "loader": bench_loader, "start": bench_start, "tokenising": bench_tokenising,
+           "hellaswag": bench_hellaswag}
+QUICK = ("ladders", "loader", "start")  # minutes, without a vocabulary or a file from elsewhere
+
+
+def machine(device):
+    """What a number belongs to: processor or GPU, versions, commit, date, command."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    names = {"python": platform.python_version()} | {name: version(name) for name in ("numpy", "tiktoken")}
-    return {"date": datetime.date.today().isoformat(), "commit": commit or None, "versions": names,
-            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"}
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()}, {os.cpu_count()} cores"
+    versions = {package: version(package) for package in ("torch", "numpy", "transformers", "tiktoken")}
+    return {"device": device, "machine": name, "torch": versions["torch"], "python": platform.python_version(),
+            "versions": versions, "commit": commit or None, "date": datetime.date.today().isoformat(),
+            "command": " ".join(["python lessons/measure_speed.py", *sys.argv[1:]])}
+
+
+def cpu_name():
+    """The processor's own name where the system tells it (Linux), else its kind."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("names", nargs="*", help=f"which ones: {', '.join(BENCHES)} (default: all)")
+    parser.add_argument("names", nargs="*", help=f"which ones of {', '.join(BENCHES)} (default: {', '.join(QUICK)})")
     parser.add_argument("--text", help="a text file for the tokenising benchmark (default: the builtin text)")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--device", default="cpu", help="names the file that keeps the results")
+    parser.add_argument("--rounds", type=int, default=3, help="how often the ways take turns")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--out", type=Path, default=ROOT / "lessons" / "measured")
     args = parser.parse_args(argv)
-    if unknown := set(args.names) - set(BENCHES):
+    names = ["ladders" if name == "ladder" else name for name in args.names or QUICK]
+    if unknown := set(names) - set(BENCHES):
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHES)}")
+    own = {"ladders": {"device": args.device}, "tokenising": {"text": args.text, "workers": args.workers}}
     path = args.out / f"speed_{args.device}.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
-    for name in args.names or BENCHES:
-        options = {"text": args.text, "workers": args.workers} if name == "tokenising" else {}
-        kept[name] = BENCHES[name](**options) | machine()
+    for name in names:
+        rounds = {} if name == "loader" else {"rounds": args.rounds}
+        result = BENCHES[name](**own.get(name, {}), **rounds)
+        if name == "ladders":
+            kept |= {"ladders": result} | machine(args.device)
+            continue
+        kept[name] = result | machine(args.device)
         print(name)
-        for key, value in kept[name].items():
+        for key, value in result.items():
             print(f"    {key:32} {value}")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(kept, indent=1) + "\n")
