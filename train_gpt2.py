@@ -1039,6 +1039,8 @@ def save_figure(figure, path):
 # What a resumed run can't change: its weights would not fit, or its text would not be what comes next.
 FIXED = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "optimizer", "shuffle", "seed",
          "total_batch_size")
+# And what else decides how it comes out, for a model card.
+SCHEDULE = ("max_steps", "max_lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip")
 
 
 def save_checkpoint(step, run, cfg, world):
@@ -1543,7 +1545,11 @@ def sample(cfg, text=None, temperature=0.8, top_k=50, max_new_tokens=200, num_sa
 
 def export(cfg, out):
     """export: what --init names as a Hugging Face folder, with its tokenizer where that is at hand."""
-    read_model(cfg.init).save_pretrained(out)
+    model = read_model(cfg.init)
+    model.save_pretrained(out)
+    card = Path(out, "README.md")
+    if not card.exists() or card.read_text().startswith(CARD_HEAD):  # never write over a text of yours
+        card.write_text(model_card(cfg.init, model))
     try:
         save_tokenizer(read_tokenizer(cfg.init), out)
     except UserError as error:
@@ -1565,6 +1571,35 @@ def plot(cfg, others=(), out=None):
         raise UserError(f"{path} can't be written: {error}") from error
     print(f"wrote {path}")
     return path
+
+
+CARD_HEAD = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [gpt2]\n---\n"
+
+
+def model_card(source, model):
+    """The README.md of an exported folder: what its checkpoint and the log beside that know of themselves."""
+    padding = (model.config.vocab_size - model.n_vocab) * model.config.n_embd  # stays behind
+    lines = [CARD_HEAD, f"# GPT-2 with {model.num_params() - padding:,} parameters", "",
+             "A plain language model with GPT-2's architecture: it continues texts like those it has read, and has not",
+             "been taught to follow instructions or to be right.", ""]
+    checkpoint = find_checkpoint(source)
+    if checkpoint:
+        c, data, step = checkpoint["config"], checkpoint["data"], checkpoint["step"]
+        lines += [f"- data: {Path(c['data_dir']).name}, {data['train_tokens']:,} train tokens (tokenizer "
+                  f"{data['tokenizer']})",
+                  f"- training: {step:,} steps of {c['total_batch_size']:,} tokens, begun from "
+                  + ("random weights" if c["init"] == "scratch" else Path(c["init"]).name)]
+        values = {}
+        with contextlib.suppress(UserError):  # a checkpoint that was copied may have left its log behind
+            values, _ = read_log(Path(source).parent if os.path.isfile(source) else source)
+        for stream, name in (("val", "val loss, nats a token"), ("hella", "HellaSwag, acc_norm (mean per token)")):
+            if known := {at: value for at, value in values.get(stream, {}).items() if at <= step}:
+                lines += [f"- {name}: {known[max(known)]:.4f} at step {max(known):,}"]
+        lines += ["", "```json", json.dumps({name: c[name] for name in (*FIXED, *SCHEDULE)}, indent=2), "```"]
+    else:
+        lines += [f"The weights are those of {Path(source).name}."]
+    return "\n".join([*lines, "", "```python", "from transformers import pipeline",
+                      'print(pipeline("text-generation", model="THIS FOLDER OR ITS NAME")("Hello"))', "```", ""])
 
 
 # The first word of a command line -> the function that does it, and

@@ -119,6 +119,49 @@ def test_transformers_reads_the_export(run, monkeypatch):
     assert text[0]["generated_text"] == ours[0]                       # and we read our own export
 
 
+def test_the_export_has_a_model_card(run, monkeypatch):
+    """What was read, how long, and the loss; nothing about this machine, and never over somebody's own text."""
+    import yaml
+    folder, _, values = run
+    in_folder(run, monkeypatch, "export", "--init", "log", "--out", "card")
+    text = (folder / "card/README.md").read_text()
+    _, head, body = text.split("---\n", 2)
+    assert yaml.safe_load(head) == dict(library_name="transformers", pipeline_tag="text-generation", tags=["gpt2"])
+    meta = json.loads((folder / "data/builtin/meta.json").read_text())
+    train_tokens = sum(shard["tokens"] for shard in meta["shards"] if shard["split"] == "train")
+    from safetensors.numpy import load_file
+    n_params = sum(w.size for w in load_file(folder / "card/model.safetensors").values())
+    assert f"{n_params:,} parameters" in body
+    assert f"- data: builtin, {train_tokens:,} train tokens (tokenizer bpe:300)" in body
+    assert "- training: 12 steps of 512 tokens, begun from random weights" in body
+    assert f"- val loss, nats a token: {values['val'][12]:.4f} at step 12" in body and "HellaSwag" not in body
+    settings = json.loads(re.search(r"```json\n(.*?)```", body, re.DOTALL)[1])
+    ran = json.loads((folder / "log/config.json").read_text())
+    assert settings == {name: ran[name] for name in settings} and {"n_embd", "max_lr", "seed"} <= settings.keys()
+    assert str(folder) not in text
+
+    in_folder(run, monkeypatch, "export", "--init", "card", "--out", "card2")       # weights without a checkpoint
+    assert "The weights are those of card." in (folder / "card2/README.md").read_text()
+    (folder / "card2/README.md").write_text("# mine\n")
+    in_folder(run, monkeypatch, "export", "--init", "log", "--out", "card2")
+    assert (folder / "card2/README.md").read_text() == "# mine\n"
+
+
+def test_a_card_tells_the_loss_that_its_checkpoint_had(run, monkeypatch):
+    """An earlier checkpoint has an earlier loss; one without its log has none; padded rows are not counted."""
+    folder, _, values = run
+    monkeypatch.chdir(folder)
+    earlier = next(f for f in sorted((folder / "log").glob("ckpt_*.pt")))
+    model = train_gpt2.read_model(str(earlier))
+    assert f"{values['val'][6]:.4f} at step 6" in train_gpt2.model_card(str(earlier), model)
+    (folder / "moved").mkdir()
+    (folder / "moved" / earlier.name).write_bytes(earlier.read_bytes())
+    text = train_gpt2.model_card("moved", model)
+    assert "val loss" not in text and "6 steps" in text
+    model.n_vocab -= 7
+    assert f"# GPT-2 with {model.num_params() - 7 * 32:,} parameters" in train_gpt2.model_card("moved", model)
+
+
 def test_a_run_may_start_from_a_checkpoint_or_an_export(run, monkeypatch):
     last = run[2]["val"][12]
     in_folder(run, monkeypatch, "export", "--init", "log", "--out", "exported2")
