@@ -700,8 +700,8 @@ class World:
             dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
             # Were DDP the last to let go of the group, it would keep Python's lock and wait for threads that want it.
             self.group = dist.group.WORLD
-        self.print(f"device {self.device} {self.gpu}, processes {self.size}, compile {int(self.compile)}, "
-                   f"{str(self.dtype).removeprefix('torch.')} ({why})")
+        self.print(f"device {f'{self.device} {self.gpu}'.strip()}, processes {self.size}, "
+                   f"compile {int(self.compile)}, {str(self.dtype).removeprefix('torch.')} ({why})")
 
     def print(self, *words):
         """Print once, not once a process."""

@@ -11,7 +11,9 @@ lessons/measured/speed_<device>.json, with the machine, the versions and the com
 import argparse
 import contextlib
 import datetime
+import io
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -292,6 +294,87 @@ def bench_start(rounds=3):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# learning: what a recipe reaches, in tokens and in seconds
+
+# nanoGPT's recipe for a laptop (its README: 4 layers of 128, 64 tokens, 12 rows, 2,000 steps), in our flags. Its
+# beta2 of 0.99 is no flag here.
+NANOGPT = ["--block_size=64", "--n_layer=4", "--n_head=4", "--n_embd=128", "--total_batch_size=768",
+           "--max_steps=2000", "--max_lr=1e-3", "--min_lr=1e-4", "--warmup_steps=100", "--optimizer=adamw"]
+QUIET = ["--hellaswag_every=0", "--sample_every=0", "--checkpoint_every=0", "--device=cpu", "--val_tokens=100000"]
+
+
+def learn(data_dir, *flags):
+    """One run of train_gpt2.py -> (val losses by step, bits per byte at the end, seconds in steps, tokens a step)."""
+    with tempfile.TemporaryDirectory() as log_dir, contextlib.redirect_stdout(io.StringIO()):
+        meta = train_gpt2.read_meta(data_dir)
+        words = [f"--data_dir={data_dir}", f"--vocab_size={-(-meta['vocab_size'] // 128) * 128}",
+                 f"--log_dir={log_dir}", *QUIET, *flags]
+        cfg, _ = train_gpt2.parse_config("train", words)
+        values = train_gpt2.train(cfg)
+    val = [shard for shard in meta["shards"] if shard["split"] == "val"]
+    tokens_per_byte = sum(shard["tokens"] for shard in val) / sum(shard["bytes"] for shard in val)
+    bits = values["val"][cfg.max_steps] / math.log(2) * tokens_per_byte
+    return values["val"], bits, sum(cfg.total_batch_size / r for r in values["tok/s"].values()), cfg.total_batch_size
+
+
+def bench_laptop(text=None, rounds=1):
+    """`--preset laptop` against nanoGPT's recipe, bytes, on the builtin text or on the first 1.1 MB of a file.
+
+    Returns bits per byte on the held-out tenth, and the seconds spent in training steps, of each.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        source = ["builtin"]
+        if text:
+            file = Path(folder, "text.txt")
+            file.write_text(Path(text).read_text(encoding="utf-8")[:1_100_000], encoding="utf-8")
+            source = [str(file)]
+        for tokenizer in ("bytes", "bpe:1024"):
+            with contextlib.redirect_stdout(io.StringIO()):
+                fineweb.main(["--source", *source, "--tokenizer", tokenizer, "--val_fraction=0.1",
+                              "--out", str(Path(folder, tokenizer))])
+        result = {"text": "a text file" if text else "builtin", "threads": torch.get_num_threads()}
+        for name, tokenizer, flags in (("nanogpt_bytes", "bytes", NANOGPT),
+                                       ("laptop_bytes", "bytes", ["--preset=laptop"]),
+                                       ("laptop_bpe_1024", "bpe:1024", ["--preset=laptop"])):
+            _, bits, seconds, _ = learn(Path(folder, tokenizer), *flags, "--val_every=10000")
+            result |= {f"{name}_bits_per_byte": round(bits, 4), f"{name}_nats_per_byte": round(bits * math.log(2), 4),
+                       f"{name}_seconds": round(seconds, 1)}
+            print(f"    {name:20} {bits:.3f} bits per byte in {seconds:.0f} s", flush=True)
+    return result
+
+
+def bench_muon(rounds=1, steps=600):
+    """How many tokens Muon needs for the loss that AdamW ends at, at two sizes -> lessons/measured/muon.json.
+
+    Each point is a run of its own, with its own whole schedule; AdamW has the best of three learning rates.
+    """
+    sizes = []
+    with tempfile.TemporaryDirectory() as folder:
+        with contextlib.redirect_stdout(io.StringIO()):
+            fineweb.main(["--source", "builtin", "--tokenizer", "bpe:1024", "--out", folder])
+        for layers, width in ((2, 64), (4, 128)):
+            shape = ["--block_size=128", f"--n_layer={layers}", f"--n_embd={width}", f"--n_head={width // 32}",
+                     "--total_batch_size=2048", "--warmup_steps=30", "--val_every=10000"]
+
+            def final(optimizer, lr, steps):
+                val, *_ = learn(folder, *shape, f"--optimizer={optimizer}", f"--max_lr={lr}", f"--min_lr={lr / 100}",
+                                f"--max_steps={steps}")
+                print(f"    {layers} x {width} {optimizer} {lr} {steps} steps: val {val[steps]:.4f}", flush=True)
+                return val[steps]
+
+            adamw = min((final("adamw", lr, steps), lr) for lr in (2e-3, 4e-3, 8e-3))
+            muon = min((final("muon", lr, round(0.6 * steps)), lr) for lr in (4e-3, 8e-3))
+            curve = {0.6: muon[0]} | {part: final("muon", muon[1], round(part * steps)) for part in (0.4, 0.5, 0.8)}
+            parts = sorted(curve)
+            need = float(np.interp(-adamw[0], [-curve[part] for part in parts], parts))
+            sizes.append({"name": f"{layers} layers of {width}", "adamw_loss": round(adamw[0], 4),
+                          "adamw_lr": adamw[1], "muon_lr": muon[1], "adamw_tokens": steps * 2048,
+                          "muon_tokens": round(need * steps * 2048), "saving": round(1 - need, 3),
+                          "muon_loss_by_share_of_steps": {str(k): round(v, 4) for k, v in curve.items()}})
+    return {"sizes": sizes}
+
+
+# ------------------------------------------------------------------------------------------------------------
 # tokenising: documents to shards on the disk
 
 def start_usual(encoding):
@@ -417,7 +500,7 @@ def bench_hellaswag(n=None, rounds=5):
 # running and keeping
 
 BENCHES = {"ladders": bench_ladder, "loader": bench_loader, "start": bench_start, "tokenising": bench_tokenising,
-           "hellaswag": bench_hellaswag}
+           "hellaswag": bench_hellaswag, "laptop": bench_laptop, "muon": bench_muon}
 QUICK = ("ladders", "loader", "start")  # minutes, without a vocabulary or a file from elsewhere
 
 
@@ -444,7 +527,7 @@ def cpu_name():
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", help=f"which ones of {', '.join(BENCHES)} (default: {', '.join(QUICK)})")
-    parser.add_argument("--text", help="a text file for the tokenising benchmark (default: the builtin text)")
+    parser.add_argument("--text", help="a text file for tokenising and laptop (default: the builtin text)")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3, help="how often the ways take turns")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
@@ -453,20 +536,24 @@ def main(argv=None):
     names = ["ladders" if name == "ladder" else name for name in args.names or QUICK]
     if unknown := set(names) - set(BENCHES):
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHES)}")
-    own = {"ladders": {"device": args.device}, "tokenising": {"text": args.text, "workers": args.workers}}
+    own = {"ladders": {"device": args.device}, "tokenising": {"text": args.text, "workers": args.workers},
+           "laptop": {"text": args.text}}
     path = args.out / f"speed_{args.device}.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
+    args.out.mkdir(parents=True, exist_ok=True)
     for name in names:
         rounds = {} if name == "loader" else {"rounds": args.rounds}
         result = BENCHES[name](**own.get(name, {}), **rounds)
         if name == "ladders":
             kept |= {"ladders": result} | machine(args.device)
             continue
+        if name == "muon":  # no matter of speed: the same on any device
+            (args.out / "muon.json").write_text(json.dumps(result | machine(args.device), indent=1) + "\n")
+            continue
         kept[name] = result | machine(args.device)
         print(name)
         for key, value in result.items():
             print(f"    {key:32} {value}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(kept, indent=1) + "\n")
 
 
