@@ -1,30 +1,22 @@
 """Text in, shards of tokens out: everything that `train_gpt2.py` reads is made here.
 
-    python fineweb.py                            # FineWeb-Edu sample-10BT: 100 shards of 100M GPT-2 tokens
-    python fineweb.py --pretokenized 10          # the same text ready-made: val and the first 10 train shards
-    python fineweb.py --source tinystories       # or any data set of the hub: --source OWNER/NAME
-    python fineweb.py --source builtin --tokenizer bpe:1024      # no network: the text inside every Python
-    python fineweb.py --source books/*.txt --tokenizer bytes     # your own .txt, .jsonl, .parquet, folders
+    python fineweb.py                                           # FineWeb-Edu sample-10BT: 100 shards of 100M tokens
+    python fineweb.py --pretokenized 10                         # the same, ready-made: val and 10 train shards
+    python fineweb.py --source tinystories                      # or any data set of the hub: --source OWNER/NAME
+    python fineweb.py --source builtin --tokenizer bpe:1024     # no network: the text inside every Python
+    python fineweb.py --source books/*.txt --tokenizer bytes    # your own .txt, .jsonl, .parquet, folders
 
-A shard is a flat array of uint16 token ids, in numpy's .npy format. Documents stand in it one after the
-other, each one as `<|endoftext|>` and then its tokens: with the mark in front, a model that has read the mark
-knows that something new begins. A document may run on into the next shard. Beside the shards lies meta.json:
-where the text is from, which tokenizer cut it, what each shard holds. It is written last, so a folder that
-has it is finished.
+A shard is a flat array of uint16 token ids, in numpy's .npy format. Documents stand in it one after the other, each as
+`<|endoftext|>` and then its tokens: a model that has read the mark knows that something new begins. A document may run
+on into the next shard. Beside the shards lies meta.json: where the text is from, which tokenizer cut it, what each
+shard holds. It is written last, so a folder that has it is finished.
 
-Stop a job as you like, kill -9 included: the same command goes on after the last finished shard, and ends
-with the same bytes as if nothing had happened. For that, progress.json notes with each shard how far in the
-text it reaches.
+Stop a job as you like, kill -9 included: the same command goes on after the last finished shard, and ends with the
+same bytes as if nothing had happened. For that, progress.json notes with each shard how far in the text it reaches.
 
-Which text is val? A hub data set that has a validation split keeps it; of any other, the first shard is val.
-Files and the builtin text are shuffled by --seed, document by document, and the first --val_fraction of the
-documents are val. A single document is cut: its tail is val.
-
-    1 documents     builtin, .txt, .jsonl, .parquet, hub: everything becomes a stream of texts
-    2 tokenizers    gpt2, bytes, bpe:N, used through tiktoken, saved in a form that transformers reads
-    3 shards        several processes turn texts into tokens, one puts them into files
-    4 ready-made    shards that somebody else has tokenised
-    5 main          the command line
+Which text is val? A hub data set with a validation split keeps it; of any other, the first shard is val. Files and the
+builtin text are shuffled by --seed, document by document, and the first --val_fraction of the documents are val. A
+single document is cut: its tail is val.
 """
 import argparse
 import ast
@@ -33,7 +25,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import platform
 import shutil
 import signal
 import sys
@@ -42,8 +33,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -57,7 +47,6 @@ KNOWN = {   # name: (repository on the hub, configuration, folder under data/)
 }
 FINEWEB_TOKENS = 9_953_989_101          # GPT-2 tokens in sample-10BT: 99 shards of 100M, and a shorter one
 READY_MADE = "kjj0/finewebedu10B-gpt2"
-START = {"stream": 0, "documents": 0, "place": None, "tokens": 0}      # where a job begins, see `batches`
 LONGEST = 1 << 24       # characters: a longer document of a .txt is cut, so that memory stays bounded
 SHUFFLED = 1 << 26      # characters shuffled at a time: most local corpora are shuffled as a whole
 BPE_SAMPLE = 1 << 26    # characters of the training text that a bpe:N tokenizer learns from
@@ -69,6 +58,11 @@ class UserError(ValueError):
     """Wrong input, told in one line that says what to do. A command prints it and exits with status 2."""
 
 
+def insist(condition, message):
+    if not condition:
+        raise UserError(message)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, except that a wrong flag is a UserError: one line instead of a page of usage."""
 
@@ -76,51 +70,42 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 1 documents
-#
-# A document is a str, a corpus is whatever yields documents: a file, a folder, a data set still on its way.
-# All are read one document after the other, so a terabyte takes no more memory than a megabyte.
+# ---- 1 documents ----------------------------------------------------------------------------------------------------
+# A document is a str, a corpus is whatever yields documents: a file, a folder, a data set still on its way. All are
+# read one document after the other, so a terabyte takes no more memory than a megabyte.
 
 def builtin_documents():
-    """English that every Python carries: the Language Reference, as `help("topics")` shows it, then the
-    docstrings of the standard library, one document per module. Yields str, the same ones in each run of a
-    Python version.
-
-    Sources are parsed, never imported, so nothing in them runs (`import antigravity` would open a browser).
-    """
-    library, seen = Path(sysconfig.get_paths()["stdlib"]), set()
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "pydoc_data"}
+    """English that every Python carries: the Language Reference, as `help("topics")` shows it, then the docstrings of
+    the standard library, one document per module. Sources are parsed, never imported, so nothing in them runs
+    (`import antigravity` would open a browser)."""
+    library, seen = Path(sysconfig.get_path("stdlib")), set()
     topics = library / "pydoc_data" / "topics.py"
-    if not topics.exists():
-        raise UserError(f"this Python has no library sources in {library}: use --source with your own files")
+    insist(topics.exists(), f"this Python has no library sources in {library}: use --source with your own files")
     for statement in ast.parse(topics.read_bytes()).body:
         if isinstance(statement, ast.Assign):       # topics = {'assert': 'The "assert" statement\n*...', ...}
             yield from dict.fromkeys(ast.literal_eval(statement.value).values())
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "pydoc_data"}
     for path in sorted(library.rglob("*.py")):
-        if not skipped.isdisjoint(path.relative_to(library).parts):
-            continue
-        try:
-            with warnings.catch_warnings(action="ignore"):      # some old modules hold bad escapes,
-                nodes = ast.walk(ast.parse(path.read_bytes()))
-        except (SyntaxError, ValueError):                       # and a few are wrong on purpose
-            continue
-        owners = [node for node in nodes if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))]
-        texts = [text for text in dict.fromkeys(map(ast.get_docstring, owners)) if text and text not in seen]
-        seen.update(texts)
-        if texts:
-            yield "\n\n".join(texts)
+        if skipped.isdisjoint(path.relative_to(library).parts):
+            try:
+                with warnings.catch_warnings(action="ignore"):      # some old modules hold bad escapes,
+                    nodes = ast.walk(ast.parse(path.read_bytes()))
+            except (SyntaxError, ValueError):                       # and a few are wrong on purpose
+                continue
+            owners = [node for node in nodes if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))]
+            texts = [text for text in dict.fromkeys(map(ast.get_docstring, owners)) if text and text not in seen]
+            seen.update(texts)
+            if texts:
+                yield "\n\n".join(texts)
 
 
 def text_documents(path, column=None):
-    """Documents of a .txt file, by the first of three rules that applies:
+    """Documents of a .txt file, without the white space around them, by the first of three rules that applies:
 
-    - lines that read `<|endoftext|>` part the documents, if the file has such lines (TinyStories);
-    - two or more blank lines in a row part them (chapters of a book). One blank line does not: it stands
-      between the paragraphs, or the speeches, *of* a document;
+    - lines that read `<|endoftext|>` part them (TinyStories); within a line it is text like any other;
+    - two or more blank lines in a row part them (chapters of a book). One blank line does not: it stands between the
+      paragraphs, or the speeches, *of* a document;
     - a file with neither is one document (Tiny Shakespeare).
-
-    White space around a document is dropped. `<|endoftext|>` within a line is text like any other.
     """
     def lines():
         with open(path, encoding="utf-8-sig", errors="replace") as file:    # what is no UTF-8 becomes U+FFFD
@@ -147,11 +132,9 @@ def jsonl_documents(path, column):
             try:
                 if line.strip():
                     yield json.loads(line)[column]
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}: not JSON ({error})") from None
-            except (KeyError, TypeError):
-                raise UserError(f"{path}, line {number}: no {column!r} in {line.strip():.60} "
-                                "(--text_column)") from None
+            except (ValueError, KeyError, TypeError):
+                told = f"not JSON with a key {column!r} (--text_column): {line.strip():.60}"
+                raise UserError(f"{path}, line {number}: {told}") from None
 
 
 def parquet_documents(path, column):
@@ -160,8 +143,8 @@ def parquet_documents(path, column):
     from pyarrow.parquet import ParquetFile
     try:
         with ParquetFile(path) as file:
-            if column not in file.schema_arrow.names:
-                raise UserError(f"{path}: no column {column!r} in {file.schema_arrow.names} (--text_column)")
+            names = file.schema_arrow.names
+            insist(column in names, f"{path}: no column {column!r} in {names} (--text_column)")
             for rows in file.iter_batches(batch_size=256, columns=[column]):
                 yield from rows.column(0).to_pylist()
     except ArrowInvalid as error:
@@ -175,13 +158,12 @@ def find_files(patterns):
     """Files of paths, globs and folders (and the folders in them), as given; those of one pattern sorted."""
     files = []
     for pattern in map(os.path.expanduser, patterns):
-        found = [pattern] if os.path.isfile(pattern) else sorted(
-            name for name in glob.glob(f"{pattern}/**" if os.path.isdir(pattern) else pattern, recursive=True)
-            if Path(name).suffix in READERS)
-        if not found or Path(found[0]).suffix not in READERS:
-            raise UserError(f"--source {pattern}: no {', '.join(READERS)} file there; other sources are "
-                            f"builtin, {', '.join(KNOWN)}, and OWNER/NAME of a hub data set")
-        files += map(Path, found)
+        names = glob.glob(f"{pattern}/**" if os.path.isdir(pattern) else pattern, recursive=True)
+        names = [pattern] if os.path.isfile(pattern) else sorted(names)         # a file's name may look like a glob
+        found = [Path(name) for name in names if Path(name).suffix in READERS]
+        insist(found, f"--source {pattern}: no {', '.join(READERS)} file there; other sources are builtin, "
+                      f"{', '.join(KNOWN)}, and OWNER/NAME of a hub data set")
+        files += found
     return files
 
 
@@ -209,8 +191,8 @@ def some(documents, size):
 
 
 def shuffled(documents, seed):
-    """The same documents in an order drawn from `seed`. SHUFFLED characters are held at most: a larger corpus
-    is shuffled block by block. That will do: the trainer draws its windows from all the shards anyway."""
+    """The same documents in an order drawn from `seed`. SHUFFLED characters are held at most: a larger corpus is
+    shuffled block by block. That will do: the trainer draws its windows from all the shards anyway."""
     rng = np.random.default_rng(seed)
     while block := list(some(documents, SHUFFLED)):
         yield from (block[i] for i in rng.permutation(len(block)))
@@ -219,121 +201,82 @@ def shuffled(documents, seed):
 def split_documents(read, val_fraction, seed):
     """(val, train, bytes): two functions that each return an iterator of texts, and the size of all the text.
 
-    `read()` iterates over the corpus. One reading counts the documents; a permutation of their numbers, drawn
-    from `seed`, says which are val. Then val and train each read it again and leave out what is the other's:
-    whatever the size of the corpus, only some bytes per document are in memory.
+    `read()` iterates over the corpus: once to count, then for val and for train, each time leaving out what is the
+    other's. Thus a few bytes per document are in memory, not the text. Which are val is drawn from `seed`.
     """
-    count = size = 0
-    for text in read():
-        count, size = count + 1, size + len(text.encode("utf-8", "replace"))
-    if count == 1:
+    sizes = np.fromiter((len(text.encode("utf-8", "replace")) for text in read()), np.int64)
+    if len(sizes) == 1:
         text = next(read())
         cut = int(len(text) * (1 - val_fraction))
         cut = text.rfind("\n", 0, cut) + 1 or cut       # at the start of a line, if there is one
         print(f"only one document: its last {len(text) - cut:,} of {len(text):,} characters are val")
-        return lambda: iter([text[cut:]]), lambda: iter([text[:cut]]), size
-    is_val = np.random.default_rng(seed).permutation(count) < max(1, round(count * val_fraction))
+        return lambda: iter([text[cut:]]), lambda: iter([text[:cut]]), int(sizes[0])
+    is_val = np.random.default_rng(seed).permutation(len(sizes)) < max(1, round(len(sizes) * val_fraction))
 
     def part(wanted):
         return shuffled((text for text, val in zip(read(), is_val) if val == wanted), seed)
-    return partial(part, True), partial(part, False), size
-
-
-class HubStream:
-    """Iterates over the texts of a hub data set as they arrive. `place()` tells how far it has come and
-    `seek(place)` goes there. After a lost connection it opens the data set again, at the next text.
-
-    open    returns the data set from its beginning, as a datasets.IterableDataset
-    """
-
-    def __init__(self, open, column):
-        self.open, self.column, self.rows, self.start = open, column, None, None
-
-    def place(self):
-        return self.data.state_dict() if self.rows else self.start
-
-    def seek(self, place):
-        self.rows, self.start = None, place
-
-    def next_row(self):
-        if not self.rows:
-            self.data = self.open()
-            if self.start:
-                self.data.load_state_dict(self.start)
-            self.rows = iter(self.data)
-        try:
-            return next(self.rows, None)
-        except Exception:
-            self.seek(self.place())
-            raise
-
-    def __iter__(self):
-        while (row := ask_hub(self.next_row, tries=8)) is not None:
-            yield row[self.column]
-
-
-def ask_hub(question, tries=3):
-    """The answer of `question()`. If hub or network are in trouble, waits 1, 2, 4 ... 64 s between tries.
-    Raises UserError after so many tries, or at once where waiting is no use (no such data, no permission)."""
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-    for wait in range(tries):
-        try:
-            return question()
-        except (OSError, *HfHubHTTPError.__bases__) as error:      # its base: any error of HTTP
-            told = f"{type(error).__name__}: {' '.join(str(error).split()):.150}"
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            if isinstance(error, FileNotFoundError) or status in (401, 403, 404):
-                raise UserError(f"the hub refuses; is the name right, or HF_TOKEN needed? ({told})") from None
-            if wait == tries - 1 or isinstance(error, OfflineModeIsEnabled):
-                raise UserError("no answer from the hub. Finished shards are kept, the same command goes on. "
-                                "Ways without a network: --source builtin, or files; with less of it: "
-                                f"--pretokenized N ({told})") from None
-            print(f"hub: {told}; next try in {min(64, 2 ** wait)} s", file=sys.stderr)
-            time.sleep(min(64, 2 ** wait))
+    return partial(part, True), partial(part, False), int(sizes.sum())
 
 
 def open_hub(repo, config, column, revision):
-    """(val, train, bytes, revision) of a hub data set. val is None if it has no validation split, bytes if
-    it does not tell its size."""
+    """(val, train, bytes, revision) of a hub data set. No validation split: val is None; no size told: bytes is."""
     import datasets
     from huggingface_hub import HfApi
-    # Without a network `datasets` tries for 20 s, this question fails at once. And its answer pins the text:
-    # a job that goes on next week must not go on in next week's version of the data.
-    revision = revision or ask_hub(lambda: HfApi().dataset_info(repo).sha)
-    splits = ask_hub(lambda: datasets.get_dataset_split_names(repo, config, revision=revision))
-    if "train" not in splits:
-        raise UserError(f"{repo} has no train split, only {', '.join(splits)}")
+    # Without a network `datasets` tries for 20 s, this question fails at once. And its answer pins the text: a job
+    # that goes on next week must not go on in next week's version of the data.
+    revision = revision or HfApi().dataset_info(repo).sha
+    try:
+        splits = datasets.get_dataset_split_names(repo, config, revision=revision)
+    except ValueError as error:         # no such configuration, or there are several to choose from
+        raise UserError(f"--config {config} of {repo}: {' '.join(str(error).split()):.300}") from None
+    insist("train" in splits, f"{repo} has no train split, only {', '.join(splits)}")
 
     def load(split):
         return datasets.load_dataset(repo, config, split=split, streaming=True, revision=revision)
-    row = ask_hub(lambda: next(iter(load("train")), {column: ""}))
-    if column not in row:
-        raise UserError(f"{repo} has no column {column!r}, only {', '.join(row)} (--text_column)")
-    size = ask_hub(lambda: load("train").info.dataset_size)
-
-    def stream(split):
-        return HubStream(lambda: load(split).select_columns([column]), column)
-    val = partial(stream, "validation") if "validation" in splits else None
-    return val, partial(stream, "train"), size, revision
+    data = load("train")
+    row = next(iter(data), {column: ""})
+    insist(column in row, f"{repo} has no column {column!r}, only {', '.join(row)} (--text_column)")
+    val, train = (lambda split=split: load(split).select_columns([column]) for split in ("validation", "train"))
+    return val if "validation" in splits else None, train, data.info.dataset_size, revision
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 2 tokenizers
+def ask_hub(job):
+    """What `job()` returns. If hub or network are in trouble, the job is begun again after 1, 2, 4 ... 64 s; as after
+    kill -9, it goes on behind the last finished shard. (`datasets` has by then tried the same read 20 times.) Raises
+    UserError if the trouble does not end, and at once where waiting is no use: no such data, no permission."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    wait, longest = 1, 2                                # at first: is there a network at all?
+    while True:
+        begun = time.monotonic()
+        try:
+            return job()
+        except (OSError, *HfHubHTTPError.__bases__) as error:       # among its bases: any error of HTTP
+            told = f"{type(error).__name__}: {' '.join(str(error).split()):.150}"
+            lost = isinstance(error, LocalEntryNotFoundError) or not isinstance(error, FileNotFoundError)
+            if not lost or getattr(getattr(error, "response", None), "status_code", None) in (401, 403, 404):
+                raise UserError(f"the hub refuses; is the name right, or HF_TOKEN needed? ({told})") from None
+            if time.monotonic() - begun > 60:           # there is, for this worked a while: now be patient
+                wait, longest = 1, 64
+            if wait > longest or isinstance(error, OfflineModeIsEnabled):
+                raise UserError("no answer from the hub. Finished shards are kept, the same command goes on. With no "
+                                f"network: --source builtin, or files; less: --pretokenized N ({told})") from None
+            print(f"hub: {told}; next try in {wait} s", file=sys.stderr)
+            time.sleep(wait)
+            wait *= 2
+
+
+# ---- 2 tokenizers ---------------------------------------------------------------------------------------------------
+# A byte-level BPE is a list of byte strings: the 256 bytes, then longer ones, each merged from two before it. The
+# place in the list is the id, and also the rank: of all merges that a word allows, the earliest is done first. "gpt2",
+# "bytes" (no merges) and "bpe:N" are such lists; one class, tiktoken's, serves them all.
 #
-# A byte-level BPE is a list of byte strings: the 256 bytes, then longer ones, each merged from two before it.
-# The place in the list is the id, and also the rank: of all merges that a word allows, the earliest is done
-# first. "gpt2", "bytes" (no merges) and "bpe:N" are such lists; one class, tiktoken's, serves them all.
+# A tokenizer file holds text, so GPT-2 writes each byte as a letter: what prints as itself ("A"), the rest as letters
+# from chr(256) on (the blank as "Ġ").
 
-def byte_letters():
-    """A tokenizer file holds text, so GPT-2 writes each byte as a letter (openai/gpt-2, `bytes_to_unicode`).
-
-    >>> letters = byte_letters()
-    >>> letters[ord("A")], letters[ord(" ")], len(set(letters.values()))
-    ('A', 'Ġ', 256)
-    """
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
+LETTERS = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(256 + i) for i, byte in enumerate(OTHERS)}
+BYTES = {letter: byte for byte, letter in LETTERS.items()}
 
 
 def make_encoding(name, tokens):
@@ -357,68 +300,56 @@ def train_tokenizer(documents, size):
     learner.pre_tokenizer = level(add_prefix_space=False)
     trainer = trainers.BpeTrainer(vocab_size=size - 1, initial_alphabet=level.alphabet(), show_progress=False)
     learner.train_from_iterator(some(clean(documents), BPE_SAMPLE), trainer)
-    if (most := learner.get_vocab_size()) < size - 1:
-        raise UserError(f"the text is too short for {size} ids: use --tokenizer bpe:{most + 1} or bytes")
-    byte_of = {letter: byte for byte, letter in byte_letters().items()}
-    tokens = [bytes(byte_of[letter] for letter in learner.id_to_token(i)) for i in range(most)]
-    return make_encoding(f"bpe:{size}", tokens)
+    most = learner.get_vocab_size()
+    insist(most == size - 1, f"the text is too short for {size} ids: use --tokenizer bpe:{most + 1} or bytes")
+    return make_encoding(f"bpe:{size}", [bytes(map(BYTES.get, learner.id_to_token(i))) for i in range(most)])
 
 
 def load_tokenizer(folder_or_name):
     """tiktoken.Encoding called "gpt2" or "bytes", or that of a folder of shards or of an exported model.
 
-    To use: `encode_ordinary(text)`, for which `<|endoftext|>` is like any other text, `decode(ids)`,
-    `n_vocab`, `eot_token`. Raises UserError if there is none, or GPT-2's is not here and not to be had.
+    To use: `encode_ordinary(text)`, for which `<|endoftext|>` is like any other text, `decode(ids)`, `n_vocab`,
+    `eot_token`. Raises UserError if there is none, if it is not like GPT-2's, if GPT-2's is not to be had.
     """
-    if folder_or_name == "bytes":
+    record = None if folder_or_name in ("gpt2", "bytes") else read_record(folder_or_name)
+    name, path = record["tokenizer"] if record else folder_or_name, Path(folder_or_name, "tokenizer.json")
+    if name == "bytes":
         return make_encoding("bytes", [bytes([byte]) for byte in range(256)])
-    if folder_or_name == "gpt2":
+    if name == "gpt2":
         import tiktoken
         try:
             return tiktoken.get_encoding("gpt2")
         except (OSError, ValueError) as error:
-            raise UserError("GPT-2's vocabulary is not on this machine and could not be fetched "
-                            f"({type(error).__name__}): set TIKTOKEN_CACHE_DIR to a folder that has it, "
-                            "copied from a machine that is online, or use --tokenizer bytes, bpe:N") from None
-    record = read_record(folder_or_name)
-    if record and record["tokenizer"] in ("gpt2", "bytes"):
-        return load_tokenizer(record["tokenizer"])
-    return read_tokenizer(folder_or_name, record["tokenizer"] if record else Path(folder_or_name).name)
-
-
-def read_tokenizer(folder, name):
-    """tiktoken.Encoding of a folder's tokenizer.json; a UserError if it is none like GPT-2's."""
-    path = Path(folder) / "tokenizer.json"
-    if not path.exists():
-        raise UserError(f"no tokenizer {folder}: neither gpt2, nor bytes, nor a folder with tokenizer.json")
-    byte_of = {letter: byte for byte, letter in byte_letters().items()}
+            raise UserError(f"GPT-2's vocabulary is not here and could not be fetched ({type(error).__name__}): set "
+                            "TIKTOKEN_CACHE_DIR to a folder that has it, copied from a machine that is online, or use "
+                            "--tokenizer bytes, bpe:N") from None
+    insist(path.exists(), f"no tokenizer {folder_or_name}: neither gpt2, nor bytes, nor a folder with tokenizer.json")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         vocab, rule = content["model"]["vocab"], content["pre_tokenizer"]
         letters = sorted(vocab.keys() - {EOT}, key=vocab.get)
-        tokens = [bytes(byte_of[letter] for letter in token) for token in letters]
+        tokens = [bytes(map(BYTES.get, token)) for token in letters]
         # tiktoken does first the merge with the lowest id: right only if ids come in the order of the merges.
         merged = ["".join(pair).replace(" ", "") for pair in content["model"]["merges"]]
         marks = {token["content"]: token["id"] for token in content["added_tokens"]}
-        if (merged, marks, rule["type"], rule["add_prefix_space"]) != (
-                letters[256:], {EOT: len(tokens)}, "ByteLevel", False) or [
-                vocab[token] for token in letters] != list(range(len(tokens))):
-            raise ValueError("other merges, ids, marks or rules")
+        ids = [vocab[token] for token in letters]
+        insist((merged, ids, marks) == (letters[256:], list(range(len(ids))), {EOT: len(ids)}), "other merges or ids")
+        insist((rule["type"], rule["add_prefix_space"]) == ("ByteLevel", False), "other words")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: no byte-level BPE like GPT-2's ({type(error).__name__}: {error})") from None
-    return make_encoding(name, tokens)
+    return make_encoding(Path(name).name, tokens)
 
 
 def merges_of(ranks):
-    """The pair that each token was merged from, in the order of merging. tiktoken forgets the pairs, other
-    tools want them. A token's pair is what is left of its bytes when all the earlier merges are done.
+    """The pair that each token was merged from, in the order of merging. tiktoken forgets the pairs, other tools want
+    them. A token's pair is what is left of its bytes when all the earlier merges are done.
 
     >>> merges_of({b"a": 0, b"b": 1, b"c": 2, b"ab": 3, b"abc": 4})
     [(b'a', b'b'), (b'ab', b'c')]
     """
     pairs = []
     for token in sorted((token for token in ranks if len(token) > 1), key=ranks.get):
-        parts = [token[i:i + 1] for i in range(len(token))]
+        parts = [bytes([byte]) for byte in token]
         while len(parts) > 2:
             joined = [ranks.get(left + right, len(ranks)) for left, right in zip(parts, parts[1:])]
             at = joined.index(min(joined))
@@ -427,38 +358,37 @@ def merges_of(ranks):
     return pairs
 
 
-def save_tokenizer(encoding, folder, model_max_length=1024):
-    """Writes tokenizer.json and tokenizer_config.json; with them transformers.AutoTokenizer cuts the same.
-    One difference stays: transformers takes the letters `<|endoftext|>` within a text for the mark.
-    """
+def save_tokenizer(encoding, folder):
+    """Writes tokenizer.json and tokenizer_config.json; with them transformers.AutoTokenizer cuts the same. One
+    difference stays: transformers takes the letters `<|endoftext|>` within a text for the mark."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    letters, ranks = byte_letters(), encoding._mergeable_ranks
 
     def write(token):
-        return "".join(letters[byte] for byte in token)
-    vocab = {write(token): i for token, i in ranks.items()} | {EOT: encoding.eot_token}
-    tokenizer = Tokenizer(models.BPE(vocab, [tuple(map(write, pair)) for pair in merges_of(ranks)]))
+        return "".join(LETTERS[byte] for byte in token)
+    vocab = {write(token): i for token, i in encoding._mergeable_ranks.items()} | {EOT: encoding.eot_token}
+    merges = [(write(left), write(right)) for left, right in merges_of(encoding._mergeable_ranks)]
+    tokenizer = Tokenizer(models.BPE(vocab, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(EOT, special=True, normalized=False)])
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(Path(folder) / "tokenizer.json"))
-    write_json(Path(folder) / "tokenizer_config.json", {
+    write_file(Path(folder, "tokenizer.json"), lambda file: file.write(tokenizer.to_str(pretty=True).encode()))
+    write_json(Path(folder, "tokenizer_config.json"), {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": EOT, "eos_token": EOT, "unk_token": EOT,
-        "model_max_length": model_max_length, "clean_up_tokenization_spaces": False})
+        "model_max_length": 1024, "clean_up_tokenization_spaces": False})
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 3 shards
-#
+# ---- 3 shards -------------------------------------------------------------------------------------------------------
 #     documents    one  two three    four five six        "<" below is <|endoftext|>, each digit a token
 #     batches      [one two] [three] [four five] ...      a few documents that make up BATCH characters
 #     tokens       <1111<22<33333333<444<55<6666...       workers do a batch each; they are put in order again
 #     shards       <1111<22<3 3333333<44 4<55<6666...     a cut every shard_size tokens, here after 10
 #
-# The cuts depend on the documents alone, not on workers or batches. The end of the second shard is "3 tokens
-# after the beginning of [four five]". To go on from there: seek that position, tokenise on, drop 3 tokens.
-# Besides the list of finished shards, that position is all that progress.json has to hold.
+# The cuts depend on the documents alone, not on workers or batches. The end of the second shard is "3 tokens after the
+# beginning of [four five]". To go on from there: seek that position, tokenise on, drop 3 tokens. Besides the list of
+# finished shards, that position is all that progress.json has to hold:
+
+START = {"stream": 0, "place": 0, "tokens": 0}          # in which stream of texts, where in it, so many tokens further
+
 
 def tokenize(text, encoding):
     """One document as ids: the mark, then its tokens.
@@ -466,15 +396,13 @@ def tokenize(text, encoding):
     >>> tokenize("hi", load_tokenizer("bytes"))
     array([256, 104, 105], dtype=uint16)
     """
-    # encode_ordinary would make a Python object of each token. encode_to_numpy gives the same ids without;
-    # with nothing disallowed, "<|endoftext|>" in a text is cut like any other word.
-    try:
+    try:    # encode_ordinary would make a Python object of each token; this gives the same ids without
         ids = encoding.encode_to_numpy(text, disallowed_special=())
     except UnicodeEncodeError:      # "\ud83d" in JSON is half a character: join halves, a lone one is U+FFFD
         return tokenize(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), encoding)
     except ValueError:              # a million blanks in a row are too many for tiktoken's regex engine
-        ids = np.concatenate([encoding.encode_to_numpy(text[i:i + 50_000], disallowed_special=())
-                              for i in range(0, len(text), 50_000)])
+        pieces = [text[i:i + 50_000] for i in range(0, len(text), 50_000)]
+        ids = np.concatenate([encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces])
     tokens = np.empty(len(ids) + 1, np.uint16)
     tokens[0], tokens[1:] = encoding.eot_token, ids
     return tokens
@@ -493,105 +421,74 @@ def start_worker(encoding):
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def batches(documents, start):
-    """Cuts a stream of texts, from position `start` on, into (position, texts).
-
-    A position says in which stream it is, how many documents lie before it, how many tokens after that are
-    done. A stream with `place()` and `seek()` of its own goes there at once; in others we skip documents.
-    """
-    position, jumps = start | {"tokens": 0}, hasattr(documents, "seek")
-    if jumps:
-        documents.seek(start["place"])
-    rest = islice(clean(documents), 0 if jumps else start["documents"], None)
-    while texts := list(some(rest, BATCH)):
-        yield position, texts
-        position = position | {"documents": position["documents"] + len(texts),
-                               "place": documents.place() if jumps else None}
+def batches(documents, position):
+    """(position, texts) from a position in the documents on. A data set of `datasets` has places of its own, and goes
+    there at once; in anything else a place is the number of documents that lie before it."""
+    place, jumps = position["place"], hasattr(documents, "load_state_dict")
+    if jumps and place:
+        documents.load_state_dict(place)
+    texts = (text for row in documents for text in row.values()) if jumps else documents        # a row has one column
+    rest = islice(clean(texts), 0 if jumps else place, None)
+    while batch := list(some(rest, BATCH)):
+        yield position | {"place": place, "tokens": 0}, batch
+        place = documents.state_dict() if jumps else place + len(batch)
 
 
 def tokenized(work, encoding, workers):
     """(position, tokens) for each (position, texts), in order: the same for any number of workers.
 
-    32 batches per worker are under way, half a second of work: enough to keep them busy while this process
-    writes a shard. Not more, so that memory stays bounded; `Pool.imap` would read ahead without end.
+    32 batches per worker are under way, half a second of work: enough to keep them busy while this process writes a
+    shard. Not more, so that memory stays bounded; `Pool.imap` would read ahead without end.
     """
     if workers == 1:
         yield from ((position, tokenize_batch(texts, encoding)) for position, texts in work)
         return
     try:
         with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(encoding,)) as pool:
-            pending = deque()
-            for position, texts in work:
-                pending.append((position, pool.submit(tokenize_batch, texts)))
-                if len(pending) > 32 * workers:
-                    position, tokens = pending.popleft()
-                    yield position, tokens.result()
-            for position, tokens in pending:
+            submitted = ((position, pool.submit(tokenize_batch, texts)) for position, texts in work)
+            pending = deque(islice(submitted, 32 * workers))
+            while pending:
+                position, tokens = pending.popleft()
                 yield position, tokens.result()
-    except BrokenProcessPool:
-        raise UserError("a worker process died, perhaps for lack of memory. Finished shards are kept: the "
-                        "same command with fewer --workers goes on") from None
+                pending.extend(islice(submitted, 1))
+    except BrokenExecutor:
+        raise UserError("a worker process died, perhaps for lack of memory. Finished shards are kept: the same "
+                        "command with fewer --workers goes on") from None
 
 
-class ShardWriter:
-    """Moves tokens into shards; notes in progress.json, with each finished one, where in the text it ends.
+def cut(work, record, split, skip, bar):
+    """Cuts (position, tokens) into shards: (split, tokens, position behind them), until `work` ends or the split has
+    all it may get. The caller adds each shard to `record` before it asks for the next.
 
-    record    what is to be meta.json, with "next", the position from which an interrupted job goes on
-    limits    {"val": tokens, "train": tokens}: how much each split may get
+    split    "val", "train", or None: the first shard is val, all others are train
+    skip     so many tokens at the beginning lie in finished shards
     """
-
-    def __init__(self, out, record, encoding, limits):
-        self.out, self.record, self.limits, self.eot = out, record, limits, encoding.eot_token
-        self.lengths = np.array([len(token) for token in encoding.decode_tokens_bytes(range(self.eot))] + [0])
-        self.tokens = np.empty(record["shard_size"], np.uint16)         # 200 MB, taken only as far as filled
-        self.filled = 0
-
-    def fill(self, work, start, split, bar):
-        """Takes (position, tokens) from `work`, until it ends or the split has all it may get.
-
-        split    "val", "train", or None: the first shard is val, all others are train
-        """
-        skip = start["tokens"]                      # so many tokens after `start` lie in finished shards
-        for position, tokens in work:
-            at, skip = min(skip, len(tokens)), max(0, skip - len(tokens))
-            while at < len(tokens):
-                into = split or ("train" if self.record["shards"] else "val")
-                done = sum(shard["tokens"] for shard in self.record["shards"] if shard["split"] == into)
-                room = min(len(self.tokens), self.limits[into] - done) - self.filled
-                if room == 0:
-                    return
-                piece = tokens[at:at + room]
-                self.tokens[self.filled:self.filled + len(piece)] = piece
-                self.filled, at = self.filled + len(piece), at + len(piece)
+    shard, filled = np.empty(record["shard_size"], np.uint16), 0        # 200 MB, taken only as far as filled
+    for position, tokens in work:
+        at, skip = min(skip, len(tokens)), max(0, skip - len(tokens))
+        while at < len(tokens):
+            into = split or ("train" if record["shards"] else "val")
+            if not (room := room_of_next(record, into)):
+                return
+            piece = tokens[at:at + room - filled]
+            shard[filled:filled + len(piece)] = piece
+            filled, at = filled + len(piece), at + len(piece)
+            if bar is not None:
                 bar.update(len(piece))
-                if len(piece) == room:
-                    self.close(into, position | {"tokens": at})
-        if self.filled:
-            self.close(into, START | {"stream": start["stream"] + 1})
+            if filled == room:
+                yield into, shard[:filled], position | {"tokens": at}
+                filled = 0
+    if filled:
+        yield into, shard[:filled], position | {"tokens": at}
 
-    def close(self, split, position):
-        """Writes the open shard: as .tmp, down to the disk, then under its name. Then comes the note."""
-        tokens, self.filled = self.tokens[:self.filled], 0
-        path = self.out / f"{self.record['name']}_{split}_{len(self.record['shards']):06d}.npy"
-        temporary = Path(f"{path}.tmp")
-        # An id stands for the same bytes anywhere, so the bytes are exact though a document may run on into
-        # the next shard. Counted in slices, for bincount makes an int64 copy.
-        counts = sum(np.bincount(tokens[i:i + BATCH], minlength=self.eot + 1)
-                     for i in range(0, len(tokens), BATCH))
-        try:
-            with open(temporary, "wb") as file:
-                np.save(file, tokens)
-                file.flush()
-                os.fsync(file.fileno())
-            self.record["shards"].append({
-                "file": path.name, "split": split, "tokens": len(tokens), "bytes": int(counts @ self.lengths),
-                "documents": int(counts[self.eot]), "sha256": sha256(temporary)})
-            os.replace(temporary, path)
-            write_json(self.out / "progress.json", self.record | {"next": position})
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise UserError(f"cannot write {path} ({error}). Finished shards are kept: make room, then the "
-                            "same command goes on") from None
+
+def room_of_next(record, split):
+    """Tokens that fit into the next shard of a split. With --max_tokens, val gets --val_fraction of them at most."""
+    limit, done = sys.maxsize, sum(shard["tokens"] for shard in record["shards"] if shard["split"] == split)
+    if record["max_tokens"]:
+        val = max(1, int(record["max_tokens"] * record["val_fraction"]))
+        limit = val if split == "val" else record["max_tokens"] - val
+    return min(record["shard_size"], limit - done)
 
 
 def write_shards(documents, out, tokenizer="gpt2", *, val=None, name="corpus", shard_size=100_000_000,
@@ -606,104 +503,101 @@ def write_shards(documents, out, tokenizer="gpt2", *, val=None, name="corpus", s
     facts             more entries for meta.json: source, revision, seed ...
     bar               a progress bar, whose update(tokens) is called
 
-    A finished folder is left alone, an unfinished one continued from the same documents. Raises UserError if
-    the folder was made with other settings, a split gets no text, or a shard cannot be written.
+    A finished folder is left alone, an unfinished one continued from the same documents. Raises UserError if the
+    folder was made with other settings, a split gets no text, or a shard cannot be written.
     """
-    from tqdm import tqdm
     out, encoding = Path(out), load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-    if encoding.n_vocab > 1 << 16:
-        raise UserError(f"{encoding.name} has {encoding.n_vocab:,} ids; a shard has room for 65,536")
+    insist(encoding.n_vocab <= 1 << 16, f"{encoding.name} has {encoding.n_vocab:,} ids; a shard has room for 65,536")
     settings = {"name": name, "tokenizer": encoding.name, "shard_size": shard_size, "max_tokens": max_tokens,
                 "val_fraction": val_fraction} | (facts or {})
-    record = find_record(out, settings)
-    if record is None:
-        record = settings | {"vocab_size": encoding.n_vocab, "eot": encoding.eot_token, "complete": False,
-                             "shards": [], "next": START}
-        if encoding.name.startswith("bpe:"):
-            save_tokenizer(encoding, out)
-        write_json(out / "progress.json", record)
-    elif record["complete"]:
+    record = read_record(out, settings) or settings | {
+        "vocab_size": encoding.n_vocab, "eot": encoding.eot_token, "complete": False, "shards": [], "next": START}
+    if record["complete"]:
         return record
-    limits = dict.fromkeys(("val", "train"), sys.maxsize)
-    if max_tokens:
-        limits["val"] = max(1, int(max_tokens * val_fraction))
-        limits["train"] = max_tokens - limits["val"]
-    bar = tqdm(disable=True) if bar is None else bar        # a bar without a total has no truth value
-    writer, begin = ShardWriter(out, record, encoding, limits), record["next"]
-    streams = [("val", val), ("train", documents)] if val is not None else [(None, documents)]
-    for number, (split, texts) in list(enumerate(streams))[begin["stream"]:]:
-        start = begin if begin["stream"] == number else START | {"stream": number}
-        writer.fill(tokenized(batches(texts, start), encoding, workers), start, split, bar)
+    if encoding.name.startswith("bpe:"):
+        save_tokenizer(encoding, out)
+    write_json(out / "progress.json", record)
+    # An id stands for the same bytes anywhere: a shard's bytes are exact, though documents run on into the next one.
+    lengths = np.array([len(token) for token in encoding.decode_tokens_bytes(range(encoding.eot_token))] + [0])
+    streams = [(None, documents)] if val is None else [("val", val), ("train", documents)]
+    for number, (split, texts) in list(enumerate(streams))[record["next"]["stream"]:]:
+        work, skip = tokenized(batches(texts, record["next"]), encoding, workers), record["next"]["tokens"]
+        for into, tokens, record["next"] in cut(work, record, split, skip, bar):
+            path = out / f"{record['name']}_{into}_{len(record['shards']):06d}.npy"
+            write_file(path, lambda file: np.save(file, tokens))
+            counts = sum(np.bincount(tokens[i:i + BATCH], minlength=len(lengths))       # in slices, because
+                         for i in range(0, len(tokens), BATCH))                         # it makes an int64 copy
+            record["shards"].append({
+                "file": path.name, "split": into, "tokens": len(tokens), "bytes": int(counts @ lengths),
+                "documents": int(counts[-1]), "sha256": hashlib.sha256(np.memmap(path, mode="r")).hexdigest()})
+            write_json(out / "progress.json", record)
+        record["next"] = START | {"stream": number + 1}
     return finish(out, record)
 
 
 def finish(out, record):
     """The last step: meta.json takes the place of progress.json."""
-    for split in "val", "train":
-        if not any(shard["split"] == split for shard in record["shards"]):
-            raise UserError(f"no text for {split}: the source is empty, or too short for this --shard_size "
-                            f"or --max_tokens (to try others, remove {out})")
-    record = record | {"complete": True}
-    record.pop("next", None)
+    for split in {"val", "train"} - {shard["split"] for shard in record["shards"]}:
+        raise UserError(f"no text for {split}: the source is empty, or too short for this --shard_size or "
+                        f"--max_tokens (to try others, remove {out})")
+    record = {key: value for key, value in record.items() if key != "next"} | {"complete": True}
     write_json(out / "meta.json", record)
     (out / "progress.json").unlink(missing_ok=True)
     return record
 
 
-def read_record(folder):
-    """What meta.json (finished) or else progress.json (begun) of a folder says; None if it has neither."""
+def read_record(folder, settings=None):
+    """What meta.json (finished) or else progress.json (begun) of a folder says; None if it has neither. A UserError if
+    it was made with other settings, or, where these are given, if there are shards without a record."""
     for path in Path(folder, "meta.json"), Path(folder, "progress.json"):
         if path.exists():
             try:
-                return json.loads(path.read_text(encoding="utf-8"))
+                record = json.loads(path.read_text(encoding="utf-8"))
             except ValueError:
                 raise UserError(f"{path} is damaged: remove the folder and make it again") from None
+            for key, value in (settings or {}).items():
+                insist(record.get(key) == value, f"{folder} was made with {key} {record.get(key)!r}, not {value!r}: "
+                                                 "choose another --out, or remove it")
+            return record
+    shards = [path.name for path in Path(folder).glob("*.*") if path.suffix in (".npy", ".bin")]
+    insist(not settings or not shards, f"{folder} holds shards of unknown origin ({shards[:1]}): choose another --out")
 
 
-def find_record(out, settings):
-    """read_record(out); a UserError if it has other settings, or if there are shards without a record."""
-    record, shards = read_record(out), sorted([*out.glob("*.npy"), *out.glob("*.bin")])
-    if record is None and shards:
-        raise UserError(f"{out} holds shards of unknown origin ({shards[0].name}): choose another --out")
-    for key, value in settings.items():
-        if record and record.get(key) != value:
-            raise UserError(f"{out} was made with {key} {record.get(key)!r}, not {value!r}: "
-                            "choose another --out, or remove it")
-    return record
+def write_file(path, write):
+    """Makes a file whole or not at all: after kill -9 there is the old one, or the new one with all its bytes."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({error}). Finished shards are kept: make room, then the same command "
+                        "goes on") from None
 
 
 def write_json(path, content):
-    """Writes a file whole or not at all: a reader, even after kill -9, finds the old or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(f"{path}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_file(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
 
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 4 ready-made
+# ---- 4 ready-made ---------------------------------------------------------------------------------------------------
 
 def fetch_ready_made(args):
-    """Fetches val and the first N train shards (-1: all) of READY_MADE, FineWeb-Edu in shards of 100M tokens,
-    and checks them. What is here already stays, so a larger N adds to the folder. Returns (folder, meta)."""
+    """Fetches val and the first N train shards (-1: all) of READY_MADE, FineWeb-Edu in shards of 100M tokens, and
+    checks them. What is here already stays, so a larger N adds to the folder. Returns (folder, meta)."""
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.utils import disable_progress_bars
     from tqdm import tqdm
     count, out = args.pretokenized, args.out or Path("data", KNOWN["fineweb-edu"][2])
-    record = find_record(out, {"source": READY_MADE, "tokenizer": "gpt2"}) or {
+    record = read_record(out, {"source": READY_MADE, "tokenizer": "gpt2"}) or {
         "name": "finewebedu", "source": READY_MADE, "revision": None, "seed": None, "tokenizer": "gpt2",
         "vocab_size": 50257, "eot": 50256, "complete": False, "shards": []}
     if record["complete"] and 0 <= count < len(record["shards"]):
         return out, record
-    info = ask_hub(lambda: HfApi().dataset_info(READY_MADE, revision=record["revision"], files_metadata=True))
+    info = HfApi().dataset_info(READY_MADE, revision=record["revision"], files_metadata=True)
     record["revision"], have = info.sha, {shard["file"] for shard in record["shards"]}
     files = sorted((file for file in info.siblings if file.rfilename.endswith(".bin")),
                    key=lambda file: ("_val_" not in file.rfilename, file.rfilename))
@@ -715,22 +609,20 @@ def fetch_ready_made(args):
     disable_progress_bars()                         # one bar for the whole job instead of one for each file
     with tqdm(total=size, unit="B", unit_scale=True) as bar:
         for file in files:
-            path = ask_hub(lambda: hf_hub_download(READY_MADE, file.rfilename, repo_type="dataset",
-                                                   revision=info.sha, local_dir=out), tries=8)
-            record["shards"].append(check_bin(Path(path), file.lfs and file.lfs.sha256))
+            hf_hub_download(READY_MADE, file.rfilename, repo_type="dataset", revision=info.sha, local_dir=out)
+            record["shards"].append(check_bin(out / file.rfilename, file.lfs and file.lfs.sha256))
             write_json(out / "progress.json", record)
             bar.update(file.size)
     return out, finish(out, record)
 
 
 def check_bin(path, digest=None):
-    """Checks a shard in llm.c's layout, 256 int32 (20240520, 1, number of tokens, zeros) and the tokens as
-    uint16, and returns its entry for meta.json. A damaged file is removed, with a UserError."""
-    header, content = np.fromfile(path, np.int32, 256), np.fromfile(path, np.uint16)
-    tokens, found = content[512:], sha256(path)
-    wrong = ("it has another sha256" if digest not in (None, found) else
-             "its header is not 20240520, 1" if header[:2].tolist() != [20240520, 1] else
-             f"it has {len(tokens):,} tokens, its header says {header[2]:,}" if len(tokens) != header[2] else
+    """The entry for meta.json of a shard in llm.c's layout: 256 int32 (20240520, 1, number of tokens, zeros) and the
+    tokens as uint16. If it is damaged, it is removed, with a UserError."""
+    header, tokens = np.fromfile(path, np.int32, 256), np.fromfile(path, np.uint16)[512:]
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    wrong = (f"its sha256 is {found}" if digest not in (None, found) else
+             f"its header is {header[:3]}, of {len(tokens)} tokens" if [*header[:3]] != [20240520, 1, len(tokens)] else
              f"it has id {tokens.max()}, GPT-2's last is 50,256" if tokens.max(initial=0) > 50256 else None)
     if wrong:
         path.unlink()
@@ -739,14 +631,13 @@ def check_bin(path, digest=None):
             "bytes": None, "documents": int((tokens == 50256).sum()), "sha256": found}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 5 main
+# ---- 5 main ---------------------------------------------------------------------------------------------------------
 
 def parse_args(argv):
     parser = Parser("fineweb.py", description="Turns text into shards of tokens for train_gpt2.py.")
     add = parser.add_argument
-    add("--source", nargs="+", default=["fineweb-edu"],
-        help="fineweb-edu (default), tinystories, builtin, OWNER/NAME on the hub, or files")
+    add("--source", nargs="+", default=["fineweb-edu"], help="fineweb-edu (default), tinystories, builtin, OWNER/NAME "
+        "on the hub, or files")
     add("--config", help="configuration of a hub data set")
     add("--text_column", default="text", help="where .jsonl, .parquet and hub data sets have their text")
     add("--tokenizer", default="gpt2", help="gpt2, bytes, or bpe:N, learnt from the text, N ids in all")
@@ -760,17 +651,14 @@ def parse_args(argv):
         help=f"fetch val and N train shards (default: all) of {READY_MADE} instead")
     args = parser.parse_args(argv)
     kind, _, ids = args.tokenizer.partition(":")
-    learnt = kind == "bpe" and ids.isdigit() and 257 <= int(ids) <= 65536
-    if not learnt and args.tokenizer not in ("gpt2", "bytes"):
-        raise UserError(f"--tokenizer {args.tokenizer}: it is gpt2, bytes, or bpe:N with N from 257 to 65536")
-    smallest = {"max_tokens": 2, "shard_size": 1, "workers": 1, "seed": 0, "pretokenized": -1}
-    for flag, least in smallest.items():
-        if (value := getattr(args, flag)) is not None and value < least:
-            raise UserError(f"--{flag} {value}: it must be at least {max(0, least)}")
-    if not 0 < args.val_fraction < 1:
-        raise UserError(f"--val_fraction {args.val_fraction}: it must lie between 0 and 1")
-    if args.pretokenized is not None and (args.tokenizer, args.source) != ("gpt2", ["fineweb-edu"]):
-        raise UserError("--pretokenized is FineWeb-Edu in GPT-2's tokens: leave out --source and --tokenizer")
+    insist(args.tokenizer in ("gpt2", "bytes") or kind == "bpe" and ids.isdigit() and 257 <= int(ids) <= 65536,
+           f"--tokenizer {args.tokenizer}: it is gpt2, bytes, or bpe:N with N from 257 to 65536")
+    for flag, least in {"max_tokens": 2, "shard_size": 1, "workers": 1, "seed": 0, "pretokenized": -1}.items():
+        value = getattr(args, flag)
+        insist(value is None or value >= least, f"--{flag} {value}: it must be at least {max(0, least)}")
+    insist(0 < args.val_fraction < 1, f"--val_fraction {args.val_fraction}: it must lie between 0 and 1")
+    insist(args.pretokenized is None or (args.tokenizer, args.source) == ("gpt2", ["fineweb-edu"]),
+           "--pretokenized is FineWeb-Edu in GPT-2's tokens: leave out --source and --tokenizer")
     return args
 
 
@@ -779,7 +667,7 @@ def identify(args):
     source = args.source[0]
     facts = {"config": args.config, "text_column": args.text_column, "seed": args.seed}
     if args.source == ["builtin"]:
-        python = f"Python {platform.python_version()}"
+        python = f"Python {sys.version.split()[0]}"
         return facts | {"name": "builtin", "source": "builtin", "revision": python}, None, []
     local = os.path.exists(source) or glob.has_magic(source) or Path(source).suffix in READERS
     if len(args.source) == 1 and not local and (source in KNOWN or source.count("/") == 1):
@@ -796,24 +684,22 @@ def check_disk(out, need):
     place = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     free = shutil.disk_usage(place).free
     print(f"{out}: about {need / 1e9:,.2f} GB needed, {free / 1e9:,.2f} GB free")
-    if need > free:
-        raise UserError(f"not enough room in {place}: make some, choose another --out, or use --max_tokens")
+    insist(need <= free, f"not enough room in {place}: make some, choose another --out, or use --max_tokens")
 
 
-def make_shards(args):
+def make_shards(args, facts, repo, files):
     """Does what the flags say, --pretokenized excepted. Returns (folder, meta)."""
     from tqdm import tqdm
-    facts, repo, files = identify(args)
     out = args.out or Path("data", facts["name"])
-    settings = {key: getattr(args, key) for key in ("max_tokens", "shard_size", "val_fraction")}
-    record = find_record(out, facts | settings | {"tokenizer": args.tokenizer})
+    flags = {key: getattr(args, key) for key in ("max_tokens", "shard_size", "val_fraction")}
+    record = read_record(out, facts | flags | {"tokenizer": args.tokenizer})
     if record and record["complete"]:
         return out, record
     learnt = args.tokenizer.startswith("bpe:")
     encoding = None if learnt and not record else load_tokenizer(out if learnt else args.tokenizer)
     if repo:
-        val, train, size, facts["revision"] = open_hub(repo, facts["config"], args.text_column,
-                                                       record and record["revision"])
+        val, train, size, revision = open_hub(repo, facts["config"], args.text_column, record and record["revision"])
+        facts = facts | {"revision": revision}
     else:
         builtin = [] if files else list(builtin_documents())
         val, train, size = split_documents(lambda: clean(chain(builtin, *(
@@ -823,26 +709,31 @@ def make_shards(args):
     tokens = FINEWEB_TOKENS if facts["config"] == "sample-10BT" and args.tokenizer == "gpt2" else tokens
     tokens = min(filter(None, (tokens, args.max_tokens)), default=None)
     done = sum(shard["tokens"] for shard in record["shards"]) if record else 0
-    about = f"about {tokens:,}" if tokens else "an unknown number of"
-    print(f"{facts['source']} ({facts['revision']:.14}) as {args.tokenizer}: {about} tokens")
+    print(f"{facts['source']} ({facts['revision']:.14}) as {args.tokenizer}:",
+          f"about {tokens:,} tokens" if tokens else "nobody knows how many tokens")
     check_disk(out, 2 * max(0, (tokens or 0) - done))
-    encoding = encoding or train_tokenizer(iter(train()), int(args.tokenizer[4:]))
+    encoding = encoding or train_tokenizer((text for _, batch in batches(train(), START) for text in batch),
+                                           int(args.tokenizer[4:]))
     workers = args.workers if not size or size > 1 << 23 else 1     # 8 MB are cut before the workers are up
     with tqdm(total=tokens, initial=done, unit=" tokens", unit_scale=True) as bar:
-        return out, write_shards(train(), out, encoding, val=val and val(), name=facts.pop("name"),
-                                 facts=facts, workers=workers, bar=bar, **settings)
+        return out, write_shards(train(), out, encoding, val=val and val(), workers=workers, bar=bar, facts=facts,
+                                 **flags)
 
 
 def main(argv=None):
     """Makes the shards that the flags ask for; returns the content of their meta.json. Raises UserError."""
     args = parse_args(argv)
-    out, meta = make_shards(args) if args.pretokenized is None else fetch_ready_made(args)
+    facts, repo, files = identify(args)
+
+    def job():
+        return make_shards(args, facts, repo, files) if args.pretokenized is None else fetch_ready_made(args)
+    out, meta = ask_hub(job) if repo else job()
     for split in "val", "train":
         shards = [shard for shard in meta["shards"] if shard["split"] == split]
         tokens, documents = (sum(shard[key] for shard in shards) for key in ("tokens", "documents"))
         size = sum(shard["bytes"] or 0 for shard in shards)
-        print(f"{split}: {tokens:,} tokens, {documents:,} documents, {f'{size:,}' if size else '?'} bytes "
-              f"of text in {len(shards)} shards, the last one of {shards[-1]['tokens']:,} tokens")
+        print(f"{split}: {tokens:,} tokens, {documents:,} documents, {f'{size:,}' if size else '?'} bytes of text in "
+              f"{len(shards)} shards, the last one of {shards[-1]['tokens']:,} tokens")
     print(f"{out} is ready: an epoch is {tokens / 524_288:,.2f} steps of 524,288 tokens")
     return meta
 

@@ -78,7 +78,7 @@ def test_import_does_nothing(tmp_path):
 
 def test_examples_in_docstrings():
     result = doctest.testmod(fineweb)
-    assert result.failed == 0 and result.attempted >= 7
+    assert result.failed == 0 and result.attempted >= 5
 
 
 # --- documents ------------------------------------------------------------------------------------
@@ -715,21 +715,14 @@ def hub(tmp_path, monkeypatch, small_batches):
     return state
 
 
-def open_stream(hub):
-    return fineweb.open_hub("me/set", None, "text", None)[1]()
-
-
-def test_hub_stream_goes_to_any_place(hub):
-    expected = TEXTS[:45]
-    for stop in range(0, 46, 3):
-        stream = open_stream(hub)
-        texts = [text for text, _ in zip(stream, range(stop))] if stop else []
-        place = json.loads(json.dumps(stream.place()))
-        again = open_stream(hub)
-        again.seek(place)
-        assert texts == expected[:stop]
-        # zip has taken one text more than it gave, unless its other iterator ended first
-        assert list(again) in (expected[stop:], expected[stop + 1:])
+def test_a_hub_set_goes_to_any_place(hub):
+    """From each position that is noted, a data set opened anew gives the rest of the texts, each one once."""
+    open_train = lambda: fineweb.open_hub("me/set", None, "text", None)[1]()
+    whole = list(fineweb.batches(open_train(), fineweb.START))
+    assert len(whole) > 8 and sum((texts for _, texts in whole), []) == TEXTS[:45]
+    for number, (position, _) in enumerate(whole):
+        again = list(fineweb.batches(open_train(), json.loads(json.dumps(position))))
+        assert [texts for _, texts in again] == [texts for _, texts in whole[number:]]
 
 
 def test_hub_shards_and_resumption(hub, tmp_path):
@@ -805,70 +798,71 @@ def test_hub_sets_that_do_not_fit(hub, change, words):
         fineweb.open_hub("me/set", None, change.get("column", "text"), None)
 
 
-class Rows:
-    """Plays an IterableDataset: rows 0 to 99, with the failures that it is told."""
-
-    def __init__(self, failures):
-        self.failures, self.at = failures, 0
-
-    def state_dict(self):
-        return {"at": self.at}
-
-    def load_state_dict(self, state):
-        self.at = state["at"]
-
-    def __iter__(self):
-        while self.at < 100:
-            if self.failures and self.failures[0][0] == self.at:
-                raise self.failures.pop(0)[1]
-            self.at += 1
-            yield {"text": f"text {self.at - 1}"}
-
-
-def lost():
-    from huggingface_hub.errors import HfHubHTTPError
-    http_error = HfHubHTTPError.__bases__[0]
-    for kind in (ConnectionError, TimeoutError, OSError):
-        yield kind("lost")
-    yield http_error("lost")
-
-
-def test_a_lost_connection_loses_nothing(monkeypatch):
-    waits = []
-    monkeypatch.setattr(time, "sleep", waits.append)
-    failures = [(at, error) for at in (0, 1, 50, 99) for error in lost()]
-    stream = fineweb.HubStream(lambda: Rows(failures), "text")
-    assert list(stream) == [f"text {i}" for i in range(100)]
-    assert waits == [1, 2, 4, 8] * 4                                            # each success begins anew
-
-
-def test_opening_may_fail_too(monkeypatch):
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    errors = [ConnectionError("at opening"), ConnectionError("again")]
-    def open_rows():
-        if errors:
-            raise errors.pop()
-        return Rows([])
-    stream = fineweb.HubStream(open_rows, "text")
-    stream.seek({"at": 40})
-    assert list(stream) == [f"text {i}" for i in range(40, 100)]
-
-
-def test_a_hub_that_stays_away(monkeypatch):
-    waits = []
-    monkeypatch.setattr(time, "sleep", waits.append)
-    stream = fineweb.HubStream(lambda: Rows([(30, ConnectionError("gone"))]), "text")
-    texts = []
-    with pytest.raises(UserError, match="Finished shards are kept.*--source builtin") as told:
-        for text, _ in zip(stream, range(1000)):        # a stream that began anew would never end
-            texts.append(text)
-    assert texts == [f"text {i}" for i in range(30)] and waits == [1, 2, 4, 8, 16, 32, 64]
+def test_a_missing_config_is_named(hub, monkeypatch):
+    import datasets
+    def several(repo, config, revision):
+        raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['en', 'de']")
+    monkeypatch.setattr(datasets, "get_dataset_split_names", several)
+    with pytest.raises(UserError, match="--config.*'en', 'de'") as told:
+        fineweb.main(["--source", "me/set", "--tokenizer", "bytes"])
     assert "\n" not in str(told.value)
 
 
+def lost():
+    """What a lost connection raises: errors of Python, of HTTP, of the hub's own library."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    http_error = HfHubHTTPError.__bases__[0]
+    return [kind("lost") for kind in (ConnectionError, TimeoutError, OSError, http_error, LocalEntryNotFoundError)]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that goes only when somebody waits, or `clock.now` is put forward. `clock.waits` lists the waits."""
+    clock = SimpleNamespace(now=0, waits=[])
+    def sleep(seconds):
+        clock.waits.append(seconds)
+        clock.now += seconds
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(time, "monotonic", lambda: clock.now)
+    return clock
+
+
+def test_a_lost_connection_loses_nothing(hub, tmp_path, monkeypatch, clock):
+    """Lost when opening and in the midst of the text, in all ways: the shards are those of a quiet night."""
+    arguments = ["--source", "me/set", "--tokenizer", "bytes", "--shard_size", "100", "--workers", "1", "--out"]
+    fineweb.main([*arguments, str(tmp_path / "whole")])
+    clock.waits.clear()
+    errors, clean, seen = lost(), fineweb.clean, []
+    def failing(documents):
+        for text in clean(documents):
+            seen.append(text)
+            if len(seen) % 14 == 0 and errors:
+                clock.now += 100                    # it had worked for a while
+                hub.fail = lambda: again.pop()()
+                again = [lambda: None] * 9 + [lambda: (_ for _ in ()).throw(ConnectionError("no route"))]
+                raise errors.pop()
+            yield text
+    monkeypatch.setattr(fineweb, "clean", failing)
+    fineweb.main([*arguments, str(tmp_path / "lost")])
+    assert digests(tmp_path / "lost") == digests(tmp_path / "whole")
+    assert not errors and clock.waits == [1, 2] * 5                         # each success begins anew
+    assert len(seen) < 60 + 5 * 8                                           # nobody began from the beginning
+
+
+def test_a_hub_that_stays_away(clock):
+    """After it worked for a while we wait for two minutes; at the beginning, when there may be no network, 3 s."""
+    def job():
+        clock.now += spent.pop() if spent else 0
+        raise ConnectionError("gone\naway")
+    for spent, waits in ([], [1, 2]), ([100], [1, 2, 4, 8, 16, 32, 64]):
+        clock.waits.clear()
+        with pytest.raises(UserError, match="Finished shards are kept.*--source builtin") as told:
+            fineweb.ask_hub(job)
+        assert clock.waits == waits and "\n" not in str(told.value)
+
+
 @pytest.mark.parametrize("status, tries", [(404, 1), (401, 1), (403, 1), (429, 3), (503, 3), (None, 3)])
-def test_which_errors_are_worth_waiting_for(monkeypatch, status, tries):
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+def test_which_errors_are_worth_waiting_for(clock, status, tries):
     calls = []
     def question():
         calls.append(1)
@@ -880,6 +874,12 @@ def test_which_errors_are_worth_waiting_for(monkeypatch, status, tries):
     assert len(calls) == tries
     assert "\n" not in str(told.value)
     assert ("HF_TOKEN" in str(told.value)) == (tries == 1)
+
+
+def test_what_the_hub_does_not_have_is_not_waited_for(clock):
+    with pytest.raises(UserError, match="is the name right"):
+        fineweb.ask_hub(lambda: open("no such file"))
+    assert not clock.waits
 
 
 def test_a_bug_is_no_network_trouble():
@@ -989,10 +989,10 @@ def test_ready_made_shards_that_come_damaged(ready_made, tmp_path):
 
 
 @pytest.mark.parametrize("content, digest, words", [
-    (bin_bytes([1, 2, 3]), "0" * 64, "another sha256"), (bin_bytes([1, 2], magic=20240521), None, "header"),
-    (bin_bytes([1, 2], count=3), None, "it has 2 tokens, its header says 3"),
-                                                    (bin_bytes([1, 50257]), None, "id 50257"),
-    (b"short", None, "header"), (bin_bytes([1]) + b"\x01\x00", None, "says 1"),
+    (bin_bytes([1, 2, 3]), "0" * 64, "its sha256 is"), (bin_bytes([1, 2], magic=20240521), None, "header is .20240521"),
+    (bin_bytes([1, 2], count=3), None, "header is .20240520 +1 +3., of 2 tokens"),
+    (bin_bytes([1, 50257]), None, "id 50257"), (b"short", None, "header"), (b"", None, "header"),
+    (bin_bytes([1]) + b"\x01\x00", None, "1., of 2 tokens"),
 ])
 def test_damaged_bins(tmp_path, content, digest, words):
     path = tmp_path / "x_train_000001.bin"
