@@ -1,0 +1,138 @@
+"""play.ipynb: its form, that the pictures of attention are true, and that it runs from a clean clone."""
+import re
+import shutil
+
+import nbformat
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conftest import ROOT
+from helpers import random_ids, tiny_model
+
+NOTEBOOK = nbformat.read(ROOT / "play.ipynb", as_version=4)
+CODE = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
+SOURCE = "\n".join(cell.source for cell in CODE)
+
+
+def test_form():
+    nbformat.validate(NOTEBOOK)
+    assert NOTEBOOK.cells[0].source.startswith("# ")
+    assert max(len(cell.source.splitlines()) for cell in CODE) <= 30
+    assert all(len(line) <= 119 for line in SOURCE.splitlines())
+    text = (ROOT / "play.ipynb").read_text()
+    assert len(text) <= 300_000
+    assert not re.search(r"(?<![\w.])/(home|root|Users|tmp|usr|work|opt)/", text)
+
+
+def test_was_executed_from_top_to_bottom_without_an_error():
+    assert [cell.execution_count for cell in CODE] == list(range(1, len(CODE) + 1))
+    for output in (output for cell in CODE for output in cell.outputs):
+        assert output.output_type != "error" and output.get("name") != "stderr", output
+    pictures = sum("image/png" in output.get("data", {}) for cell in CODE for output in cell.outputs)
+    assert pictures >= 9
+
+
+def test_plots_ask_a_question():
+    titles = re.findall(r"title\(\s*f?([\"'])(.*?)\1", SOURCE)
+    assert len(titles) >= 9 and all(title.endswith("?") or "?" in title for _, title in titles), titles
+
+
+def test_has_what_one_wants_to_see():
+    prose = "\n".join(cell.source for cell in NOTEBOOK.cells if cell.cell_type == "markdown")
+    headings = re.findall(r"^## (.*)$", prose, re.MULTILINE)
+    assert headings == ["The weights", "Positions", "Attention", "What comes next?", "What surprises it?",
+                        "Let it write", "Which tokens are alike?", "How was it trained?", "How fast was it?"]
+
+
+def cell_with(text):
+    return next(cell.source for cell in CODE if text in cell.source)
+
+
+def test_attention_weights_are_those_of_the_model():
+    """Against a reference of loops, written from the paper's formula; and the cell itself notices a wrong one."""
+    names = {"torch": torch}
+    source = cell_with("def attention_weights")
+    exec(source, names)
+    model = tiny_model().eval()
+    idx = random_ids(1, 9)
+    with torch.no_grad():
+        maps = names["attention_weights"](model, idx)
+        assert maps.shape == (3, 4, 9, 9)
+        block = model.transformer.h[0]
+        x = block.ln_1(model.transformer.wte(idx[0]) + model.transformer.wpe.weight[:9])
+        q, k, _ = block.attn.c_attn(x).split(24, dim=1)
+        for head in range(4):
+            for t in range(9):
+                one = slice(6 * head, 6 * head + 6)
+                scores = torch.stack([q[t, one] @ k[s, one] / 6 ** 0.5 for s in range(t + 1)])
+                expected = F.pad(scores.exp() / scores.exp().sum(), (0, 8 - t))
+                torch.testing.assert_close(maps[0, head, t], expected, atol=1e-5, rtol=1e-4)
+        assert not model.transformer.h[0].attn._forward_hooks         # it has tidied up
+        for right, wrong in ((".triu(1)", ".triu(2)"), ("** 0.5", "** 1.0"), ("softmax(dim=-1)", "softmax(dim=-2)")):
+            assert right in source
+            exec(source.replace(right, wrong), names)
+            with pytest.raises(AssertionError):
+                names["attention_weights"](model, idx)
+
+
+def test_token_losses_are_the_models_loss():
+    """Their mean is what the model says of the same text."""
+    class Tokens:
+        eot_token = 36
+
+        def encode_ordinary(self, text):
+            return [ord(c) % 36 for c in text]
+
+        def decode(self, ids):
+            return f"<{ids[0]}>"
+
+    model = tiny_model().eval()
+    names = dict(torch=torch, F=F, model=model, tokenizer=Tokens(), c=model.config)
+    exec(cell_with("def token_losses").split("\n\n\n")[0], names)
+    with torch.no_grad():
+        for text in ("abcdefg", "longer than the context is"):
+            words, losses = names["token_losses"](text)
+            ids = torch.tensor([[36, *(ord(c) % 36 for c in text)][:12]])
+            assert words == [f"<{i}>" for i in ids[0, 1:].tolist()]
+            torch.testing.assert_close(losses.mean(), model(ids[:, :-1], ids[:, 1:])[1])
+
+
+# ---- every cell, in a fresh kernel
+
+def execute(folder, source="log"):
+    from nbclient import NotebookClient
+    nb = nbformat.read(ROOT / "play.ipynb", as_version=4)
+    for cell in nb.cells:
+        cell.source = cell.source.replace('SOURCE = "log" ', f'SOURCE = "{source}" ')
+    NotebookClient(nb, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
+    outputs = [output for cell in nb.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert not [output for output in outputs if output.get("name") == "stderr"]
+    return "".join(output.get("text", "") for output in outputs), len(
+        [1 for output in outputs if "image/png" in output.get("data", {})])
+
+
+@pytest.mark.slow
+def test_runs_from_a_clean_clone_and_on_what_it_trained(tmp_path, monkeypatch):
+    """Offline, with no log: a small model is trained. Then on that one as a checkpoint and as an exported folder."""
+    import train_gpt2
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    clone = tmp_path / "clone"
+    clone.mkdir()
+    for name in ("train_gpt2.py", "fineweb.py", "hellaswag.py"):
+        shutil.copy(ROOT / name, clone)
+    text, pictures = execute(clone)
+    assert text.startswith("a small run of now: ") and pictures == 10
+    assert not (clone / "log").exists() and not (clone / "data").exists()     # all of it was elsewhere
+
+    log = next((tmp_path / "temporary").rglob("log.txt")).parent
+    values, _ = train_gpt2.read_log(log)
+    assert values["val"][150] < values["val"][0] - 1.5
+    checkpoint = next(log.glob("ckpt_*.pt"))
+    text, pictures = execute(clone, str(checkpoint))
+    assert text.startswith(f"{checkpoint}: ") and pictures == 10              # with the log that lies beside it
+    train_gpt2.main(["export", "--init", str(log), "--out", str(clone / "exported")])
+    text, pictures = execute(clone, "exported")
+    assert "exported has no log" in text and pictures == 8
