@@ -7,16 +7,14 @@
     python fineweb.py --source books/*.txt --tokenizer bytes    # your own .txt, .jsonl, .parquet, folders
 
 A shard is a flat array of uint16 token ids, in numpy's .npy format. Documents stand in it one after the other, each as
-`<|endoftext|>` and then its tokens: a model that has read the mark knows that something new begins. A document may run
-on into the next shard. Beside the shards lies meta.json: where the text is from, which tokenizer cut it, what each
-shard holds. It is written last, so a folder that has it is finished.
+`<|endoftext|>` and then its tokens; the last one may run on into the next shard. Beside the shards lies meta.json:
+where the text is from, which tokenizer cut it, what each shard holds. A folder that has it is finished.
 
 Stop a job as you like, kill -9 included: the same command goes on after the last finished shard, and ends with the
 same bytes as if nothing had happened. For that, progress.json notes with each shard how far in the text it reaches.
 
 Which text is val? A hub data set with a validation split keeps it; of any other, the first shard is val. Files and the
-builtin text are shuffled by --seed, document by document, and the first --val_fraction of the documents are val. A
-single document is cut: its tail is val.
+builtin text are shuffled by --seed, and the first --val_fraction of the documents are val (the tail of a single one).
 """
 import argparse
 import ast
@@ -306,11 +304,9 @@ def train_tokenizer(documents, size):
 
 
 def load_tokenizer(folder_or_name):
-    """tiktoken.Encoding called "gpt2" or "bytes", or that of a folder of shards or of an exported model.
-
-    To use: `encode_ordinary(text)`, for which `<|endoftext|>` is like any other text, `decode(ids)`, `n_vocab`,
-    `eot_token`. Raises UserError if there is none, if it is not like GPT-2's, if GPT-2's is not to be had.
-    """
+    """tiktoken.Encoding called "gpt2" or "bytes", or that of a folder of shards or of an exported model. To use:
+    `encode_ordinary(text)`, for which `<|endoftext|>` is like any other text, `decode(ids)`, `n_vocab`, `eot_token`.
+    Raises UserError if there is none, if it is not like GPT-2's, if GPT-2's is not to be had."""
     record = None if folder_or_name in ("gpt2", "bytes") else read_record(folder_or_name)
     name, path = record["tokenizer"] if record else folder_or_name, Path(folder_or_name, "tokenizer.json")
     if name == "bytes":
@@ -347,26 +343,22 @@ def merges_of(ranks):
     >>> merges_of({b"a": 0, b"b": 1, b"c": 2, b"ab": 3, b"abc": 4})
     [(b'a', b'b'), (b'ab', b'c')]
     """
-    pairs = []
-    for token in sorted((token for token in ranks if len(token) > 1), key=ranks.get):
+    def pair_of(token):
         parts = [bytes([byte]) for byte in token]
         while len(parts) > 2:
-            joined = [ranks.get(left + right, len(ranks)) for left, right in zip(parts, parts[1:])]
-            at = joined.index(min(joined))
+            at = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
             parts[at:at + 2] = [parts[at] + parts[at + 1]]
-        pairs.append(tuple(parts))
-    return pairs
+        return tuple(parts)
+    return [pair_of(token) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
 
 
 def save_tokenizer(encoding, folder):
     """Writes tokenizer.json and tokenizer_config.json; with them transformers.AutoTokenizer cuts the same. One
     difference stays: transformers takes the letters `<|endoftext|>` within a text for the mark."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    def write(token):
-        return "".join(LETTERS[byte] for byte in token)
-    vocab = {write(token): i for token, i in encoding._mergeable_ranks.items()} | {EOT: encoding.eot_token}
-    merges = [(write(left), write(right)) for left, right in merges_of(encoding._mergeable_ranks)]
+    written = {token: token.decode("latin-1").translate(LETTERS) for token in encoding._mergeable_ranks}
+    vocab = {written[token]: i for token, i in encoding._mergeable_ranks.items()} | {EOT: encoding.eot_token}
+    merges = [(written[left], written[right]) for left, right in merges_of(encoding._mergeable_ranks)]
     tokenizer = Tokenizer(models.BPE(vocab, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -435,11 +427,9 @@ def batches(documents, position):
 
 
 def tokenized(work, encoding, workers):
-    """(position, tokens) for each (position, texts), in order: the same for any number of workers.
-
-    32 batches per worker are under way, half a second of work: enough to keep them busy while this process writes a
-    shard. Not more, so that memory stays bounded; `Pool.imap` would read ahead without end.
-    """
+    """(position, tokens) for each (position, texts), in order: the same for any number of workers. 32 batches for each
+    are under way, half a second of work: enough while this process writes a shard. Not more, so that memory stays
+    bounded; `Pool.imap` would read ahead without end."""
     if workers == 1:
         yield from ((position, tokenize_batch(texts, encoding)) for position, texts in work)
         return
@@ -458,11 +448,8 @@ def tokenized(work, encoding, workers):
 
 def cut(work, record, split, skip, bar):
     """Cuts (position, tokens) into shards: (split, tokens, position behind them), until `work` ends or the split has
-    all it may get. The caller adds each shard to `record` before it asks for the next.
-
-    split    "val", "train", or None: the first shard is val, all others are train
-    skip     so many tokens at the beginning lie in finished shards
-    """
+    all it may get. The first `skip` tokens lie in finished shards. If `split` is None, the first shard is val, all
+    others are train. The caller adds each shard to `record` before it asks for the next."""
     shard, filled = np.empty(record["shard_size"], np.uint16), 0        # 200 MB, taken only as far as filled
     for position, tokens in work:
         at, skip = min(skip, len(tokens)), max(0, skip - len(tokens))
@@ -493,18 +480,16 @@ def room_of_next(record, split):
 
 def write_shards(documents, out, tokenizer="gpt2", *, val=None, name="corpus", shard_size=100_000_000,
                  max_tokens=None, val_fraction=0.1, workers=1, facts=None, bar=None):
-    """Tokenises texts into shards in the folder `out`; returns the content of its meta.json.
+    """Tokenises texts into shards in the folder `out`; returns the content of its meta.json. A finished folder is left
+    alone, an unfinished one continued from the same documents. Raises UserError if the folder was made with other
+    settings, a split gets no text, or a shard cannot be written.
 
-    documents, val    iterables of str. Without `val`, the first shard of `documents` is val (FineWeb's rule)
+    documents, val    iterables of str, or one-column data sets. Without `val`, the first shard is val (FineWeb's rule)
     tokenizer         "gpt2", "bytes", or a tiktoken.Encoding
     shard_size        tokens in a shard; the last one of a split is shorter
     max_tokens        tokens in all, of which val gets a share of `val_fraction` at most
     workers           processes that tokenise (1: this one); the shards are the same for any number
-    facts             more entries for meta.json: source, revision, seed ...
-    bar               a progress bar, whose update(tokens) is called
-
-    A finished folder is left alone, an unfinished one continued from the same documents. Raises UserError if the
-    folder was made with other settings, a split gets no text, or a shard cannot be written.
+    facts, bar        more entries for meta.json: source, revision, seed ...; something whose update(tokens) is called
     """
     out, encoding = Path(out), load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     insist(encoding.n_vocab <= 1 << 16, f"{encoding.name} has {encoding.n_vocab:,} ids; a shard has room for 65,536")
@@ -551,16 +536,13 @@ def read_record(folder, settings=None):
     it was made with other settings, or, where these are given, if there are shards without a record."""
     for path in Path(folder, "meta.json"), Path(folder, "progress.json"):
         if path.exists():
-            try:
-                record = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError:
-                raise UserError(f"{path} is damaged: remove the folder and make it again") from None
+            record = json.loads(path.read_text(encoding="utf-8"))
             for key, value in (settings or {}).items():
                 insist(record.get(key) == value, f"{folder} was made with {key} {record.get(key)!r}, not {value!r}: "
                                                  "choose another --out, or remove it")
             return record
-    shards = [path.name for path in Path(folder).glob("*.*") if path.suffix in (".npy", ".bin")]
-    insist(not settings or not shards, f"{folder} holds shards of unknown origin ({shards[:1]}): choose another --out")
+    unknown = [path.name for path in Path(folder).glob("*") if settings and path.suffix in (".npy", ".bin")]
+    insist(not unknown, f"{folder} holds shards of unknown origin ({', '.join(unknown)}): choose another --out")
 
 
 def write_file(path, write):
@@ -586,32 +568,27 @@ def write_json(path, content):
 # ---- 4 ready-made ---------------------------------------------------------------------------------------------------
 
 def fetch_ready_made(args):
-    """Fetches val and the first N train shards (-1: all) of READY_MADE, FineWeb-Edu in shards of 100M tokens, and
-    checks them. What is here already stays, so a larger N adds to the folder. Returns (folder, meta)."""
+    """Fetches val and the first N train shards of READY_MADE, FineWeb-Edu in shards of 100M tokens, and checks them.
+    What is here already is not fetched again, so a larger N adds to the folder. Returns (folder, meta)."""
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.utils import disable_progress_bars
     from tqdm import tqdm
     count, out = args.pretokenized, args.out or Path("data", KNOWN["fineweb-edu"][2])
-    record = read_record(out, {"source": READY_MADE, "tokenizer": "gpt2"}) or {
-        "name": "finewebedu", "source": READY_MADE, "revision": None, "seed": None, "tokenizer": "gpt2",
-        "vocab_size": 50257, "eot": 50256, "complete": False, "shards": []}
-    if record["complete"] and 0 <= count < len(record["shards"]):
+    record = read_record(out, {"source": READY_MADE, "tokenizer": "gpt2"}) or {"complete": False, "revision": None}
+    if record["complete"] and count < len(record["shards"]):
         return out, record
     info = HfApi().dataset_info(READY_MADE, revision=record["revision"], files_metadata=True)
-    record["revision"], have = info.sha, {shard["file"] for shard in record["shards"]}
     files = sorted((file for file in info.siblings if file.rfilename.endswith(".bin")),
-                   key=lambda file: ("_val_" not in file.rfilename, file.rfilename))
-    files = [file for file in files[:count + 1 if count >= 0 else None] if file.rfilename not in have]
-    size = sum(file.size for file in files)
-    check_disk(out, size)
-    if not record["complete"]:                      # from now on the folder is known as ours
-        write_json(out / "progress.json", record)
+                   key=lambda file: ("_val_" not in file.rfilename, file.rfilename))[:count + 1]
+    check_disk(out, sum(file.size for file in files if not (out / file.rfilename).exists()))
+    record = {"name": "finewebedu", "source": READY_MADE, "revision": info.sha, "seed": None, "tokenizer": "gpt2",
+              "vocab_size": 50257, "eot": 50256, "complete": False, "shards": []}
+    write_json(out / "progress.json", record)       # from now on the folder is known as ours
     disable_progress_bars()                         # one bar for the whole job instead of one for each file
-    with tqdm(total=size, unit="B", unit_scale=True) as bar:
+    with tqdm(total=sum(file.size for file in files), unit="B", unit_scale=True) as bar:
         for file in files:
             hf_hub_download(READY_MADE, file.rfilename, repo_type="dataset", revision=info.sha, local_dir=out)
             record["shards"].append(check_bin(out / file.rfilename, file.lfs and file.lfs.sha256))
-            write_json(out / "progress.json", record)
             bar.update(file.size)
     return out, finish(out, record)
 
@@ -636,8 +613,8 @@ def check_bin(path, digest=None):
 def parse_args(argv):
     parser = Parser("fineweb.py", description="Turns text into shards of tokens for train_gpt2.py.")
     add = parser.add_argument
-    add("--source", nargs="+", default=["fineweb-edu"], help="fineweb-edu (default), tinystories, builtin, OWNER/NAME "
-        "on the hub, or files")
+    add("--source", nargs="+", default=["fineweb-edu"],
+        help="fineweb-edu (default), tinystories, builtin, OWNER/NAME on the hub, or files")
     add("--config", help="configuration of a hub data set")
     add("--text_column", default="text", help="where .jsonl, .parquet and hub data sets have their text")
     add("--tokenizer", default="gpt2", help="gpt2, bytes, or bpe:N, learnt from the text, N ids in all")
@@ -647,15 +624,15 @@ def parse_args(argv):
     add("--val_fraction", type=float, default=0.1, help="share of val, if none (default: %(default)s)")
     add("--seed", type=int, default=1337, help="for the order of local documents (default: %(default)s)")
     add("--workers", type=int, default=os.cpu_count(), help="processes that tokenise (default: one per core)")
-    add("--pretokenized", type=int, nargs="?", const=-1, metavar="N",
+    add("--pretokenized", type=int, nargs="?", const=10 ** 6, metavar="N",
         help=f"fetch val and N train shards (default: all) of {READY_MADE} instead")
     args = parser.parse_args(argv)
     kind, _, ids = args.tokenizer.partition(":")
     insist(args.tokenizer in ("gpt2", "bytes") or kind == "bpe" and ids.isdigit() and 257 <= int(ids) <= 65536,
            f"--tokenizer {args.tokenizer}: it is gpt2, bytes, or bpe:N with N from 257 to 65536")
-    for flag, least in {"max_tokens": 2, "shard_size": 1, "workers": 1, "seed": 0, "pretokenized": -1}.items():
+    for flag, least in {"max_tokens": 2, "shard_size": 1, "workers": 1, "seed": 0, "pretokenized": 0}.items():
         value = getattr(args, flag)
-        insist(value is None or value >= least, f"--{flag} {value}: it must be at least {max(0, least)}")
+        insist(value is None or value >= least, f"--{flag} {value}: it must be at least {least}")
     insist(0 < args.val_fraction < 1, f"--val_fraction {args.val_fraction}: it must lie between 0 and 1")
     insist(args.pretokenized is None or (args.tokenizer, args.source) == ("gpt2", ["fineweb-edu"]),
            "--pretokenized is FineWeb-Edu in GPT-2's tokens: leave out --source and --tokenizer")
@@ -670,7 +647,7 @@ def identify(args):
         python = f"Python {sys.version.split()[0]}"
         return facts | {"name": "builtin", "source": "builtin", "revision": python}, None, []
     local = os.path.exists(source) or glob.has_magic(source) or Path(source).suffix in READERS
-    if len(args.source) == 1 and not local and (source in KNOWN or source.count("/") == 1):
+    if len(args.source) == 1 and (source in KNOWN or source.count("/") == 1 and not local):
         repo, config, name = KNOWN.get(source) or (source, None, source.split("/")[1])
         return facts | {"name": name, "source": repo, "config": args.config or config}, repo, []
     files = find_files(args.source)
@@ -687,19 +664,20 @@ def check_disk(out, need):
     insist(need <= free, f"not enough room in {place}: make some, choose another --out, or use --max_tokens")
 
 
-def make_shards(args, facts, repo, files):
+def make_shards(args):
     """Does what the flags say, --pretokenized excepted. Returns (folder, meta)."""
     from tqdm import tqdm
+    facts, repo, files = identify(args)
     out = args.out or Path("data", facts["name"])
     flags = {key: getattr(args, key) for key in ("max_tokens", "shard_size", "val_fraction")}
     record = read_record(out, facts | flags | {"tokenizer": args.tokenizer})
     if record and record["complete"]:
         return out, record
-    learnt = args.tokenizer.startswith("bpe:")
-    encoding = None if learnt and not record else load_tokenizer(out if learnt else args.tokenizer)
+    learn = args.tokenizer.startswith("bpe:") and not record
+    encoding = None if learn else load_tokenizer(out if record else args.tokenizer)
     if repo:
-        val, train, size, revision = open_hub(repo, facts["config"], args.text_column, record and record["revision"])
-        facts = facts | {"revision": revision}
+        val, train, size, facts["revision"] = open_hub(repo, facts["config"], args.text_column,
+                                                       record and record["revision"])
     else:
         builtin = [] if files else list(builtin_documents())
         val, train, size = split_documents(lambda: clean(chain(builtin, *(
@@ -712,8 +690,9 @@ def make_shards(args, facts, repo, files):
     print(f"{facts['source']} ({facts['revision']:.14}) as {args.tokenizer}:",
           f"about {tokens:,} tokens" if tokens else "nobody knows how many tokens")
     check_disk(out, 2 * max(0, (tokens or 0) - done))
-    encoding = encoding or train_tokenizer((text for _, batch in batches(train(), START) for text in batch),
-                                           int(args.tokenizer[4:]))
+    if learn:
+        texts = chain.from_iterable(texts for _, texts in batches(train(), START))
+        encoding = train_tokenizer(texts, int(args.tokenizer.removeprefix("bpe:")))
     workers = args.workers if not size or size > 1 << 23 else 1     # 8 MB are cut before the workers are up
     with tqdm(total=tokens, initial=done, unit=" tokens", unit_scale=True) as bar:
         return out, write_shards(train(), out, encoding, val=val and val(), workers=workers, bar=bar, facts=facts,
@@ -723,11 +702,8 @@ def make_shards(args, facts, repo, files):
 def main(argv=None):
     """Makes the shards that the flags ask for; returns the content of their meta.json. Raises UserError."""
     args = parse_args(argv)
-    facts, repo, files = identify(args)
-
-    def job():
-        return make_shards(args, facts, repo, files) if args.pretokenized is None else fetch_ready_made(args)
-    out, meta = ask_hub(job) if repo else job()
+    job = partial(make_shards if args.pretokenized is None else fetch_ready_made, args)
+    out, meta = ask_hub(job) if identify(args)[1] else job()
     for split in "val", "train":
         shards = [shard for shard in meta["shards"] if shard["split"] == split]
         tokens, documents = (sum(shard[key] for shard in shards) for key in ("tokens", "documents"))
