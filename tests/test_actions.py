@@ -2,7 +2,6 @@
 import json
 import math
 import re
-import shlex
 import subprocess
 import sys
 
@@ -209,24 +208,6 @@ def test_training_logs_hellaswag(run, monkeypatch):
     values = in_folder(run, monkeypatch, *SMALL, "--hellaswag_every", "6", "--log_dir", "hella2", "--block_size", "128")
     assert sorted(values["hella"]) == [0, 6, 12] and all(0 <= value <= 1 for value in values["hella"].values())
     assert "12 hella " in (run[0] / "hella2/log.txt").read_text()
-
-
-def test_the_commands_of_the_readme_are_commands():
-    """Each line of the README that calls one of the three programs passes through that program's parser."""
-    lines = [line.strip() for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("    ")]
-    lines = [line.split("&&")[-1].strip() for line in lines]
-    checked = set()
-    for words in (shlex.split(line) for line in lines if line.startswith(("python ", "torchrun "))):
-        for program in ("train_gpt2.py", "fineweb.py"):
-            if program in words:
-                words = words[words.index(program) + 1:]
-                checked.add(program)
-                if program == "train_gpt2.py":
-                    action = words.pop(0) if words and not words[0].startswith("-") else "train"
-                    train_gpt2.make_parser(action).parse_args(words)
-                elif program == "fineweb.py":
-                    fineweb.parse_args(words)
-    assert {"train_gpt2.py", "fineweb.py"} <= checked
 
 
 # ---- whole runs, as the README and a user have them
