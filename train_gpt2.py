@@ -130,7 +130,7 @@ PRESETS = {
     "laptop": dict(data_dir="data/builtin", vocab_size=1024, block_size=128, n_layer=4, n_head=4, n_embd=128,
                    total_batch_size=2048, max_steps=1200, optimizer="muon", max_lr=4e-3, min_lr=4e-5,
                    warmup_steps=50, val_every=200, hellaswag_every=0, sample_every=400, checkpoint_every=200,
-                   prompt="Return the "),
+                   prompt="Return the"),
 }
 
 

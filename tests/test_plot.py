@@ -205,6 +205,7 @@ def test_a_run_refreshes_its_picture_twice_a_minute(tmp_path, clock):
     assert not picture.exists() and (tmp_path / "earlier-1/log.png").exists()
     second.file = None                                                # any process but the first
     clock[0] += 99
+    second.write(0, {"train": 3.5})
     second.draw(9, cfg)
     assert not picture.exists()
 
