@@ -1002,6 +1002,7 @@ def draw_logs(logs):
             if stream in ("val", "hella"):
                 look = dict(marker=".", label=f"{name}: {points[-1]:.4f}" + text * (stream == "val"))
             panels["loss" if stream in ("train", "val") else stream].plot(steps, points, color=f"C{number}", **look)
+    # Which text it is, is told by the name of its folder: data/edu_fineweb10B, as fineweb.py calls it.
     comparable = [c for _, c in logs.values() if "edu" in Path(c.get("data_dir", "edu")).name and
                   c.get("vocab_size", 50304) in (50257, 50304)]
     end = max(step for values, _ in logs.values() for points in values.values() for step in points)
