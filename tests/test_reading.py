@@ -243,6 +243,7 @@ NUMBERS = [
     ("# 1558M", 1558e6, n_params("gpt2-xl")),
     ("GPT-3's warm-up would be a quarter of such a run", 1 / 4, TrainConfig.warmup_steps / 3000),
     ("3,000 steps of 64 x 8 rows", TrainConfig.total_batch_size, 64 * 8 * 1024),
+    ("had twice our max_lr", 1.2e-3, 2 * TrainConfig.max_lr),  # 1.2e-3 by that run's own code
     ("3,000 steps of", PRESETS["tinystories"]["max_steps"], 3000),
 ]
 WORDS = re.sub(r"\s+", " ", re.sub(r"\n *#", " ", SOURCE))  # comments as running text
