@@ -14,7 +14,7 @@ def compare(name, ours, ref, atol):
 
     A difference of exactly 0 is said to be so: it means the same operations in the same order.
     """
-    ours, ref = torch.as_tensor(ours).detach(), torch.as_tensor(ref).detach()
+    ours, ref = (t.detach() if torch.is_tensor(t) else torch.tensor(t, dtype=torch.float64) for t in (ours, ref))
     assert ours.shape == ref.shape, f"{name}: shapes {tuple(ours.shape)} and {tuple(ref.shape)} differ"
     gap = (ours.double() - ref.double()).abs().max().item()
     print(f"{name:<40} largest difference {gap:.1e}" + (", exactly equal" if gap == 0 else f" (allowed {atol:.0e})"))
