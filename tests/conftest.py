@@ -8,6 +8,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+# Tiny tensors: on a machine that others use too, threads that wait by spinning take longer than what they wait for.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Nothing in the tests may reach the network; a hub that is asked all the same must fail at once, not after retries.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

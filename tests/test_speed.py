@@ -8,7 +8,7 @@ import torch
 
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "lessons"))
+sys.path.append(str(ROOT / "lessons"))
 import measure_speed  # noqa: E402
 
 CPU = torch.device("cpu")

@@ -1,0 +1,160 @@
+"""The lessons: their form (fast), their exercises (stubs must fail, solutions must pass), and every cell (slow)."""
+import ast
+import importlib.util
+import re
+import sys
+
+import nbformat
+import pytest
+
+from conftest import ROOT
+
+LESSONS = ROOT / "lessons"
+NOTEBOOKS = sorted(LESSONS.glob("[0-9][0-9]_*.ipynb"))
+EXERCISE = re.compile(r"\bex\d\d_\d\b")
+sys.path.append(str(LESSONS))
+import solutions  # noqa: E402
+
+# tests/ has a helpers.py of its own, so the lessons' goes by another name here.
+spec = importlib.util.spec_from_file_location("lesson_helpers", LESSONS / "helpers.py")
+helpers = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(helpers)
+
+each_notebook = pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+
+
+def read(file):
+    nb = nbformat.read(file, as_version=4)
+    nbformat.validate(nb)
+    return nb
+
+
+def code_cells(nb):
+    return [cell for cell in nb.cells if cell.cell_type == "code"]
+
+
+def prose(nb):
+    return "\n\n".join(cell.source for cell in nb.cells if cell.cell_type == "markdown")
+
+
+# ---- form
+
+def test_the_twelve_lessons_are_there():
+    assert [int(file.name[:2]) for file in NOTEBOOKS] == list(range(1, 13))
+
+
+def test_helpers_stay_small():
+    assert len((LESSONS / "helpers.py").read_text().splitlines()) <= 80
+
+
+@each_notebook
+def test_opens_with_its_goal_the_minutes_and_what_it_needs(file):
+    first = read(file).cells[0]
+    assert first.cell_type == "markdown" and first.source.startswith(f"# {file.name[:2]} ")
+    for word in ("**You will build**", "**Minutes**", "**Needs**"):
+        assert word in first.source, word
+
+
+@each_notebook
+def test_was_executed_from_top_to_bottom_without_an_error(file):
+    cells = code_cells(read(file))
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    for cell in cells:
+        for output in cell.outputs:
+            assert output.output_type != "error", cell.source
+            assert output.get("name") != "stderr", (cell.source, output.text)
+
+
+@each_notebook
+def test_cells_are_small(file):
+    lengths = sorted(len(cell.source.splitlines()) for cell in code_cells(read(file)))
+    assert lengths[-1] <= 30
+    assert lengths[len(lengths) // 2] <= 10, "half of the cells should be a thought, not a page"
+
+
+@each_notebook
+def test_the_file_is_small_and_names_no_machine(file):
+    text = file.read_text()
+    assert len(text) <= 300_000
+    assert not re.search(r"(?<![\w.])/(home|root|Users|tmp|usr|work|opt)/", text)
+
+
+@each_notebook
+def test_ends_where_this_lives_and_equal_to_train_gpt2(file):
+    nb = read(file)
+    assert "## Where this lives" in prose(nb) and "train_gpt2.py" in prose(nb)
+    last = code_cells(nb)[-1].source
+    assert "train_gpt2" in "".join(cell.source for cell in code_cells(nb)) and "compare(" in last
+
+
+@each_notebook
+def test_has_exercises_with_hints_and_a_ledger(file):
+    nb = read(file)
+    names = exercises(nb)
+    assert 2 <= len(names) <= 4
+    assert prose(nb).count("<details>") >= len(names), "each exercise has a folded hint"
+    assert "## Ledger" in prose(nb)
+
+
+@each_notebook
+def test_plots_ask_a_question(file):
+    source = "\n".join(cell.source for cell in code_cells(read(file)))
+    titles = re.findall(r"title\(\s*f?([\"'])(.*?)\1", source)
+    assert titles and all("?" in title for _, title in titles), titles
+
+
+@each_notebook
+def test_every_cell_can_be_parsed(file):
+    for cell in code_cells(read(file)):
+        lines = [line for line in cell.source.splitlines() if not line.startswith(("%", "!"))]
+        ast.parse("\n".join(lines) if not cell.source.startswith("%%") else "")
+
+
+# ---- exercises
+
+def exercises(nb):
+    """The exercises that a notebook sets: the functions or classes exNN_K that its cells define."""
+    source = "\n".join(cell.source for cell in code_cells(nb))
+    return sorted(set(re.findall(r"^(?:def|class) (ex\d\d_\d)\b", source, re.MULTILINE)))
+
+
+ALL = [(file, name) for file in NOTEBOOKS for name in exercises(read(file))]
+
+
+@pytest.mark.parametrize("file, name", ALL, ids=[name for _, name in ALL])
+def test_the_solution_passes_the_check_and_the_stub_does_not(file, name, capsys):
+    helpers.check(getattr(solutions, name), name)
+    assert f"{name}: right" in capsys.readouterr().out
+    cell = next(cell.source for cell in code_cells(read(file)) if re.search(rf"^(def|class) {name}\b", cell.source,
+                                                                            re.MULTILINE))
+    assert f'check({name}, "{name}")' in cell, "the stub's own cell checks it"
+    shown = next(c.outputs for c in code_cells(read(file)) if c.source == cell)
+    assert f"{name}: your turn" in "".join(output.get("text", "") for output in shown)
+
+
+def test_every_solution_belongs_to_an_exercise():
+    known = {name for _, name in ALL}
+    assert {name for name in vars(solutions) if EXERCISE.fullmatch(name)} == known
+    assert {name for name in vars(solutions) if name.startswith("check_")} == {f"check_{name}" for name in known}
+
+
+def test_a_wrong_answer_is_not_taken():
+    for _, name in ALL:
+        with pytest.raises(Exception):
+            helpers.check(lambda *args, **kwargs: None, name)
+
+
+# ---- every cell, in a fresh kernel
+
+def execute(file, folder):
+    from nbclient import NotebookClient
+    nb = read(file)
+    NotebookClient(nb, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
+    return nb
+
+
+@pytest.mark.slow
+@each_notebook
+def test_runs_from_top_to_bottom(file, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    execute(file, LESSONS if int(file.name[:2]) % 2 else ROOT)  # half of them from the top folder
