@@ -282,13 +282,15 @@ def check_ex05_2(answer):
     import tiktoken
     from tiktoken_ext.openai_public import r50k_pat_str
     marks = {"<|endoftext|>": 256, "<|user|>": 257, "<|assistant|>": 258}
+    merges = {b"pl": 400, b"ai": 401, b"plai": 402, b" t": 403, b"xx": 404}  # who cuts letter by letter is found out
     for special in marks, {"[x]": 300, "a+": 301}, {}:
         reference = tiktoken.Encoding("check", pat_str=r50k_pat_str, special_tokens=special,
-                                      mergeable_ranks={bytes([byte]): byte for byte in range(256)})
+                                      mergeable_ranks={bytes([byte]): byte for byte in range(256)} | merges)
         for text in ["", "plain text", "<|user|>Hi!<|assistant|> Hello.<|endoftext|>", "<|user|><|user|>", "<|user",
                      "user endoftext | <| |>", "x [x] xx a+ aa+ é", "<|endoftext|>\n"]:
             ids = answer(text, reference.encode_ordinary, special)
-            assert list(ids) == reference.encode(text, allowed_special="all"), f"{text!r} with {special}: {ids}"
+            right = reference.encode(text, allowed_special="all")
+            assert list(ids) == right, f"{text!r} with {special}: {ids}, not {right}"
 
 
 def ex05_2(text, encode, special):
