@@ -58,11 +58,11 @@ def test_each_rung_stands_on_those_below_it(device):
     rungs = dict((rung.name, (rung, why)) for rung, why in measure_speed.ladder_of(torch.device(device), size))
     assert list(rungs)[:9] == ["float32", *measure_speed.CHANGES]
     top = rungs["twice the rows"][0]
-    assert top.sdpa and top.padded and top.fused and top.chunked and top.times == 2
+    assert top.sdpa and top.padded and top.fused and top.times == 2
     if device == "cuda":
-        assert top.tf32 and top.compile and top.dtype == torch.bfloat16 and not any(why for _, why in rungs.values())
+        assert top.chunked and top.tf32 and top.compile and top.dtype == torch.bfloat16 and not any(why for _, why in rungs.values())
     else:
-        assert not top.compile and rungs["TF32"][1]
+        assert not top.compile and not top.chunked and rungs["TF32"][1]
 
 
 def test_the_script_prints_and_keeps_a_ladder(tmp_path, monkeypatch, capsys):
