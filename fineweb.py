@@ -525,9 +525,10 @@ def write_shards(documents, out, tokenizer="gpt2", *, val=None, name="corpus", s
 
 def finish(out, record):
     """The last step: meta.json takes the place of progress.json."""
-    for split in {"val", "train"} - {shard["split"] for shard in record["shards"]}:
-        raise UserError(f"no text for {split}: the source is empty, or too short for this --shard_size or "
-                        f"--max_tokens (to try others, remove {out})")
+    for split in ("val", "train"):
+        insist(any(shard["split"] == split for shard in record["shards"]),
+               f"no text for {split}: the source is empty, or too short for this --shard_size or "
+               f"--max_tokens (to try others, remove {out})")
     record = {key: value for key, value in record.items() if key != "next"} | {"complete": True}
     write_json(out / "meta.json", record)
     (out / "progress.json").unlink(missing_ok=True)
