@@ -28,14 +28,13 @@ import os
 import shutil
 import signal
 import sys
-import sysconfig
 import threading
 import time
 import warnings
 from collections import deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +51,7 @@ SHUFFLED = 1 << 26      # characters shuffled at a time: most local corpora are 
 BPE_SAMPLE = 1 << 26    # characters of the training text that a bpe:N tokenizer learns from
 BATCH = 1 << 18         # characters that a worker gets at a time: some 15 ms of work
 WORKER = {}             # what a worker process keeps from one batch to the next
+KEPT = "Finished shards are kept, the same command goes on"
 
 
 class UserError(ValueError):
@@ -61,6 +61,11 @@ class UserError(ValueError):
 def insist(condition, message):
     if not condition:
         raise UserError(message)
+
+
+def one_line(error):
+    """An error that comes from elsewhere, to be told in a message of ours."""
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -76,24 +81,20 @@ class Parser(argparse.ArgumentParser):
 
 def builtin_documents():
     """English that every Python carries: the Language Reference, as `help("topics")` shows it, then the docstrings of
-    the standard library, one document per module. Sources are parsed, never imported, so nothing in them runs
-    (`import antigravity` would open a browser)."""
-    library, seen = Path(sysconfig.get_path("stdlib")), set()
-    topics = library / "pydoc_data" / "topics.py"
-    insist(topics.exists(), f"this Python has no library sources in {library}: use --source with your own files")
-    for statement in ast.parse(topics.read_bytes()).body:
-        if isinstance(statement, ast.Assign):       # topics = {'assert': 'The "assert" statement\n*...', ...}
-            yield from dict.fromkeys(ast.literal_eval(statement.value).values())
+    the library, one document per module. It is parsed, never imported: `import antigravity` would open a browser."""
+    from pydoc_data.topics import topics
+    yield from dict.fromkeys(topics.values())       # some stand there under several names
+    library, seen = Path(os.__file__).parent, {None, ""}
     skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "pydoc_data"}
     for path in sorted(library.rglob("*.py")):
         if skipped.isdisjoint(path.relative_to(library).parts):
             try:
                 with warnings.catch_warnings(action="ignore"):      # some old modules hold bad escapes,
                     nodes = ast.walk(ast.parse(path.read_bytes()))
-            except (SyntaxError, ValueError):                       # and a few are wrong on purpose
+            except (SyntaxError, ValueError):                       # and in some Pythons a few are no Python
                 continue
-            owners = [node for node in nodes if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))]
-            texts = [text for text in dict.fromkeys(map(ast.get_docstring, owners)) if text and text not in seen]
+            owners = (node for node in nodes if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)))
+            texts = [text for text in dict.fromkeys(map(ast.get_docstring, owners)) if text not in seen]
             seen.update(texts)
             if texts:
                 yield "\n\n".join(texts)
@@ -110,19 +111,15 @@ def text_documents(path, column=None):
     def lines():
         with open(path, encoding="utf-8-sig", errors="replace") as file:    # what is no UTF-8 becomes U+FFFD
             yield from iter(partial(file.readline, LONGEST), "")            # a file may be one endless line
+    marked, blanks = any(line.strip() == EOT for line in lines()), 0
 
-    marked = any(line.strip() == EOT for line in lines())
-    held, size, blanks = [], 0, 0
-    for line in lines():
+    def parts(line):
+        nonlocal blanks
         blanks = 0 if line.strip() else blanks + 1
-        parts = line.strip() == EOT if marked else blanks == 2
-        if not parts:
-            held.append(line)
-            size += len(line)
-        if parts or size >= LONGEST:
-            yield "".join(held).strip()
-            held, size = [], 0
-    yield "".join(held).strip()
+        return line.strip() == EOT if marked else blanks == 2
+    for between, group in groupby(lines(), parts):
+        while not between and (text := "".join(some(group, LONGEST))):
+            yield text.strip()
 
 
 def jsonl_documents(path, column):
@@ -133,13 +130,13 @@ def jsonl_documents(path, column):
                 if line.strip():
                     yield json.loads(line)[column]
             except (ValueError, KeyError, TypeError):
-                told = f"not JSON with a key {column!r} (--text_column): {line.strip():.60}"
-                raise UserError(f"{path}, line {number}: {told}") from None
+                raise UserError(f"{path}, line {number}: not JSON with a key {column!r} (--text_column): "
+                                f"{line.strip():.60}") from None
 
 
 def parquet_documents(path, column):
     """Documents of a .parquet file, 256 rows in memory at a time."""
-    from pyarrow import ArrowInvalid
+    from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
     try:
         with ParquetFile(path) as file:
@@ -147,8 +144,8 @@ def parquet_documents(path, column):
             insist(column in names, f"{path}: no column {column!r} in {names} (--text_column)")
             for rows in file.iter_batches(batch_size=256, columns=[column]):
                 yield from rows.column(0).to_pylist()
-    except ArrowInvalid as error:
-        raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+    except (ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a readable parquet file ({one_line(error)})") from None
 
 
 READERS = {".txt": text_documents, ".jsonl": jsonl_documents, ".parquet": parquet_documents}
@@ -199,19 +196,17 @@ def shuffled(documents, seed):
 
 
 def split_documents(read, val_fraction, seed):
-    """(val, train, bytes): two functions that each return an iterator of texts, and the size of all the text.
-
-    `read()` iterates over the corpus: once to count, then for val and for train, each time leaving out what is the
-    other's. Thus a few bytes per document are in memory, not the text. Which are val is drawn from `seed`.
-    """
+    """(val, train, bytes): two functions that each return an iterator of texts, and the size of all the text. Which
+    are val is drawn from `seed`. `read()` iterates over the corpus: once to count, then for val and for train, each
+    time leaving out what is the other's. Thus a few bytes per document are in memory, not the text."""
     sizes = np.fromiter((len(text.encode("utf-8", "replace")) for text in read()), np.int64)
+    is_val = np.random.default_rng(seed).permutation(len(sizes)) < max(1, round(len(sizes) * val_fraction))
     if len(sizes) == 1:
         text = next(read())
         cut = int(len(text) * (1 - val_fraction))
         cut = text.rfind("\n", 0, cut) + 1 or cut       # at the start of a line, if there is one
         print(f"only one document: its last {len(text) - cut:,} of {len(text):,} characters are val")
-        return lambda: iter([text[cut:]]), lambda: iter([text[:cut]]), int(sizes[0])
-    is_val = np.random.default_rng(seed).permutation(len(sizes)) < max(1, round(len(sizes) * val_fraction))
+        read, is_val = partial(iter, [text[:cut], text[cut:]]), [False, True]
 
     def part(wanted):
         return shuffled((text for text, val in zip(read(), is_val) if val == wanted), seed)
@@ -222,22 +217,19 @@ def open_hub(repo, config, column, revision):
     """(val, train, bytes, revision) of a hub data set. No validation split: val is None; no size told: bytes is."""
     import datasets
     from huggingface_hub import HfApi
-    # Without a network `datasets` tries for 20 s, this question fails at once. And its answer pins the text: a job
-    # that goes on next week must not go on in next week's version of the data.
-    revision = revision or HfApi().dataset_info(repo).sha
     try:
-        splits = datasets.get_dataset_split_names(repo, config, revision=revision)
+        # Without a network `datasets` tries for 20 s, this question fails at once. And its answer pins the text: a job
+        # that goes on next week must not go on in next week's version of the data.
+        revision = revision or HfApi().dataset_info(repo).sha
+        splits = datasets.load_dataset(repo, config, streaming=True, revision=revision)
     except ValueError as error:         # no such configuration, or there are several to choose from
-        raise UserError(f"--config {config} of {repo}: {' '.join(str(error).split()):.300}") from None
+        raise UserError(f"{repo}, --config {config}: {one_line(error)}") from None
     insist("train" in splits, f"{repo} has no train split, only {', '.join(splits)}")
-
-    def load(split):
-        return datasets.load_dataset(repo, config, split=split, streaming=True, revision=revision)
-    data = load("train")
-    row = next(iter(data), {column: ""})
+    row = next(iter(splits["train"]), {column: ""})
     insist(column in row, f"{repo} has no column {column!r}, only {', '.join(row)} (--text_column)")
-    val, train = (lambda split=split: load(split).select_columns([column]) for split in ("validation", "train"))
-    return val if "validation" in splits else None, train, data.info.dataset_size, revision
+    val, train = (partial(splits[split].select_columns, [column]) if split in splits else None
+                  for split in ("validation", "train"))
+    return val, train, splits["train"].info.dataset_size, revision
 
 
 def ask_hub(job):
@@ -245,25 +237,24 @@ def ask_hub(job):
     kill -9, it goes on behind the last finished shard. (`datasets` has by then tried the same read 20 times.) Raises
     UserError if the trouble does not end, and at once where waiting is no use: no such data, no permission."""
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-    wait, longest = 1, 2                                # at first: is there a network at all?
+    waits = [1, 2]                                      # at first: is there a network at all?
     while True:
         begun = time.monotonic()
         try:
             return job()
         except (OSError, *HfHubHTTPError.__bases__) as error:       # among its bases: any error of HTTP
-            told = f"{type(error).__name__}: {' '.join(str(error).split()):.150}"
+            told = one_line(error)
             status = getattr(getattr(error, "response", None), "status_code", None)
             missing = isinstance(error, FileNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
             if missing or status in (401, 403, 404):
                 raise UserError(f"the hub refuses; is the name right, or HF_TOKEN needed? ({told})") from None
             if time.monotonic() - begun > 60:           # there is, for this worked a while: now be patient
-                wait, longest = 1, 64
-            if wait > longest or isinstance(error, OfflineModeIsEnabled):
-                raise UserError("no answer from the hub. Finished shards are kept, the same command goes on. With no "
-                                f"network: --source builtin, or files; less: --pretokenized N ({told})") from None
-            print(f"hub: {told}; next try in {wait} s", file=sys.stderr)
-            time.sleep(wait)
-            wait *= 2
+                waits = [1, 2, 4, 8, 16, 32, 64]
+            if not waits or isinstance(error, OfflineModeIsEnabled):
+                raise UserError(f"no answer from the hub. {KEPT}. With no network: --source builtin, or files; less: "
+                                f"--pretokenized N ({told})") from None
+        print(f"hub: {told}; next try in {waits[0]} s", file=sys.stderr)
+        time.sleep(waits.pop(0))
 
 
 # ---- 2 tokenizers ---------------------------------------------------------------------------------------------------
@@ -293,14 +284,11 @@ def make_encoding(name, tokens):
 
 
 def train_tokenizer(documents, size):
-    """Byte-level BPE of `size` ids in all, learnt from an iterator of texts: 256 bytes, then the merges, and
-    `<|endoftext|>` as the last. Raises UserError if the text is too short to have so many merges."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    level = pre_tokenizers.ByteLevel
-    learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = level(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(vocab_size=size - 1, initial_alphabet=level.alphabet(), show_progress=False)
-    learner.train_from_iterator(some(clean(documents), BPE_SAMPLE), trainer)
+    """Byte-level BPE of `size` ids, learnt from an iterator of texts: 256 bytes, the merges, and `<|endoftext|>`."""
+    from tokenizers import ByteLevelBPETokenizer
+    learner = ByteLevelBPETokenizer()
+    texts = some(clean(documents), BPE_SAMPLE)
+    learner.train_from_iterator(texts, vocab_size=size - 1, min_frequency=0, show_progress=False)
     most = learner.get_vocab_size()
     insist(most == size - 1, f"the text is too short for {size} ids: use --tokenizer bpe:{most + 1} or bytes")
     return make_encoding(f"bpe:{size}", [bytes(map(BYTES.get, learner.id_to_token(i))) for i in range(most)])
@@ -308,10 +296,9 @@ def train_tokenizer(documents, size):
 
 def load_tokenizer(folder_or_name):
     """tiktoken.Encoding called "gpt2" or "bytes", or that of a folder of shards or of an exported model. To use:
-    `encode_ordinary(text)`, for which `<|endoftext|>` is like any other text, `decode(ids)`, `n_vocab`, `eot_token`.
-    Raises UserError if there is none, if it is not like GPT-2's, if GPT-2's is not to be had."""
-    record = None if folder_or_name in ("gpt2", "bytes") else read_record(folder_or_name)
-    name, path = record["tokenizer"] if record else folder_or_name, Path(folder_or_name, "tokenizer.json")
+    `encode_ordinary(text)`, for which `<|endoftext|>` is like any other text, `decode(ids)`, `n_vocab`, `eot_token`."""
+    record = {} if folder_or_name in ("gpt2", "bytes") else read_record(folder_or_name)
+    name, path = record.get("tokenizer", folder_or_name), Path(folder_or_name, "tokenizer.json")
     if name == "bytes":
         return make_encoding("bytes", [bytes([byte]) for byte in range(256)])
     if name == "gpt2":
@@ -319,9 +306,8 @@ def load_tokenizer(folder_or_name):
         try:
             return tiktoken.get_encoding("gpt2")
         except (OSError, ValueError) as error:
-            raise UserError(f"GPT-2's vocabulary is not here and could not be fetched ({type(error).__name__}): set "
-                            "TIKTOKEN_CACHE_DIR to a folder that has it, copied from a machine that is online, or use "
-                            "--tokenizer bytes, bpe:N") from None
+            raise UserError(f"GPT-2's vocabulary is not here ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to a "
+                            "folder that has it, copied from elsewhere, or use --tokenizer bytes, bpe:N") from None
     insist(path.exists(), f"no tokenizer {folder_or_name}: neither gpt2, nor bytes, nor a folder with tokenizer.json")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -335,7 +321,7 @@ def load_tokenizer(folder_or_name):
         insist((merged, ids, marks) == (letters[256:], list(range(len(ids))), {EOT: len(ids)}), "other merges or ids")
         insist((rule["type"], rule["add_prefix_space"]) == ("ByteLevel", False), "other words")
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: no byte-level BPE like GPT-2's ({type(error).__name__}: {error})") from None
+        raise UserError(f"{path}: no byte-level BPE like GPT-2's ({one_line(error)})") from None
     return make_encoding(Path(name).name, tokens)
 
 
@@ -425,8 +411,9 @@ def batches(documents, position):
     texts = (text for row in documents for text in row.values()) if jumps else documents        # a row has one column
     rest = islice(clean(texts), 0 if jumps else place, None)
     while batch := list(some(rest, BATCH)):
-        yield position | {"place": place, "tokens": 0}, batch
+        yield position, batch
         place = documents.state_dict() if jumps else place + len(batch)
+        position = position | {"place": place, "tokens": 0}
 
 
 def tokenized(work, encoding, workers):
@@ -445,54 +432,49 @@ def tokenized(work, encoding, workers):
                 yield position, tokens.result()
                 pending.extend(islice(submitted, 1))
     except BrokenExecutor:
-        raise UserError("a worker process died, perhaps for lack of memory. Finished shards are kept: the same "
-                        "command with fewer --workers goes on") from None
+        raise UserError(f"a worker process died, for lack of memory? {KEPT}, best with fewer --workers") from None
 
 
-def cut(work, record, split, skip, bar):
-    """Cuts (position, tokens) into shards: (split, tokens, position behind them), until `work` ends or the split has
-    all it may get. The first `skip` tokens lie in finished shards. If `split` is None, the first shard is val, all
-    others are train. The caller adds each shard to `record` before it asks for the next."""
-    shard, filled = np.empty(record["shard_size"], np.uint16), 0        # 200 MB, taken only as far as filled
-    for position, tokens in work:
-        at, skip = min(skip, len(tokens)), max(0, skip - len(tokens))
-        while at < len(tokens):
-            into = split or ("train" if record["shards"] else "val")
-            if not (room := room_of_next(record, into)):
-                return
-            piece = tokens[at:at + room - filled]
-            shard[filled:filled + len(piece)] = piece
-            filled, at = filled + len(piece), at + len(piece)
-            if bar is not None:
-                bar.update(len(piece))
-            if filled == room:
-                yield into, shard[:filled], position | {"tokens": at}
-                filled = 0
-    if filled:
-        yield into, shard[:filled], position | {"tokens": at}
-
-
-def room_of_next(record, split):
-    """Tokens that fit into the next shard of a split. With --max_tokens, val gets --val_fraction of them at most."""
-    limit, done = sys.maxsize, sum(shard["tokens"] for shard in record["shards"] if shard["split"] == split)
+def shards_to_come(record, split):
+    """(split, size) of each shard that a split may still get. With --max_tokens, val gets --val_fraction of them."""
+    size, limit = record["shard_size"], sys.maxsize
     if record["max_tokens"]:
         val = max(1, int(record["max_tokens"] * record["val_fraction"]))
         limit = val if split == "val" else record["max_tokens"] - val
-    return min(record["shard_size"], limit - done)
+    done = sum(shard["tokens"] for shard in record["shards"] if shard["split"] == split)
+    return ((split, min(size, limit - at)) for at in range(done, limit, size))
+
+
+def cut(work, shards, bar):
+    """Fills shards, (split, size) each, with the tokens of `work` until one of the two ends. Yields (split, tokens,
+    position behind them)."""
+    position, tokens, shard = START, (), np.empty(0, np.uint16)
+    for split, size in shards:
+        if len(shard) < size:
+            shard = np.empty(size, np.uint16)           # 200 MB, used again, and taken only as far as filled
+        filled = 0
+        for position, tokens in chain([(position, tokens)], work):      # first, what the last shard had no room for
+            at = position["tokens"]
+            piece = tokens[at:at + size - filled]
+            shard[filled:filled + len(piece)] = piece
+            filled, position = filled + len(piece), position | {"tokens": at + len(piece)}
+            if bar is not None:
+                bar.update(len(piece))
+            if filled == size:
+                break
+        if not filled:
+            return
+        yield split, shard[:filled], position
 
 
 def write_shards(documents, out, tokenizer="gpt2", *, val=None, name="corpus", shard_size=100_000_000,
                  max_tokens=None, val_fraction=0.1, workers=1, facts=None, bar=None):
     """Tokenises texts into shards in the folder `out`; returns the content of its meta.json. A finished folder is left
-    alone, an unfinished one continued from the same documents. Raises UserError if the folder was made with other
-    settings, a split gets no text, or a shard cannot be written.
+    alone, an unfinished one continued from the same documents, one that was made with other settings refused.
 
-    documents, val    iterables of str, or one-column data sets. Without `val`, the first shard is val (FineWeb's rule)
-    tokenizer         "gpt2", "bytes", or a tiktoken.Encoding
-    shard_size        tokens in a shard; the last one of a split is shorter
-    max_tokens        tokens in all, of which val gets a share of `val_fraction` at most
-    workers           processes that tokenise (1: this one); the shards are the same for any number
-    facts, bar        more entries for meta.json: source, revision, seed ...; something whose update(tokens) is called
+    `documents` and `val` are iterables of str, or data sets of one column. Without `val`, the first shard is val
+    (FineWeb's rule). `tokenizer` is "gpt2", "bytes", or a tiktoken.Encoding. `facts` are more entries for meta.json:
+    source, revision, seed ...; `bar` is something whose update(tokens) is called.
     """
     out, encoding = Path(out), load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     insist(encoding.n_vocab <= 1 << 16, f"{encoding.name} has {encoding.n_vocab:,} ids; a shard has room for 65,536")
@@ -506,17 +488,20 @@ def write_shards(documents, out, tokenizer="gpt2", *, val=None, name="corpus", s
         save_tokenizer(encoding, out)
     write_json(out / "progress.json", record)
     # An id stands for the same bytes anywhere: a shard's bytes are exact, though documents run on into the next one.
-    lengths = np.array([len(token) for token in encoding.decode_tokens_bytes(range(encoding.eot_token))] + [0])
-    streams = [(None, documents)] if val is None else [("val", val), ("train", documents)]
-    for number, (split, texts) in list(enumerate(streams))[record["next"]["stream"]:]:
-        work, skip = tokenized(batches(texts, record["next"]), encoding, workers), record["next"]["tokens"]
-        for into, tokens, record["next"] in cut(work, record, split, skip, bar):
-            path = out / f"{record['name']}_{into}_{len(record['shards']):06d}.npy"
+    lengths = [*map(len, encoding.decode_tokens_bytes(range(encoding.eot_token))), 0]
+    val_shards, train_shards = shards_to_come(record, "val"), shards_to_come(record, "train")
+    streams = [(val, val_shards), (documents, train_shards)]
+    if val is None:                 # FineWeb's rule
+        streams = [(documents, chain(islice(val_shards, 0 if record["shards"] else 1), train_shards))]
+    for number, (texts, shards) in list(enumerate(streams))[record["next"]["stream"]:]:
+        work = tokenized(batches(texts, record["next"]), encoding, workers)
+        for split, tokens, record["next"] in cut(work, shards, bar):
+            path = out / f"{record['name']}_{split}_{len(record['shards']):06d}.npy"
             write_file(path, lambda file: np.save(file, tokens))
-            counts = sum(np.bincount(tokens[i:i + BATCH], minlength=len(lengths))       # in slices, because
-                         for i in range(0, len(tokens), BATCH))                         # it makes an int64 copy
+            parts = np.array_split(tokens, 1 + len(tokens) // BATCH)        # for bincount makes an int64 copy
+            counts = sum(np.bincount(part, minlength=len(lengths)) for part in parts)
             record["shards"].append({
-                "file": path.name, "split": into, "tokens": len(tokens), "bytes": int(counts @ lengths),
+                "file": path.name, "split": split, "tokens": len(tokens), "bytes": int(counts @ lengths),
                 "documents": int(counts[-1]), "sha256": hashlib.sha256(np.memmap(path, mode="r")).hexdigest()})
             write_json(out / "progress.json", record)
         record["next"] = START | {"stream": number + 1}
@@ -525,10 +510,9 @@ def write_shards(documents, out, tokenizer="gpt2", *, val=None, name="corpus", s
 
 def finish(out, record):
     """The last step: meta.json takes the place of progress.json."""
-    for split in ("val", "train"):
-        insist(any(shard["split"] == split for shard in record["shards"]),
-               f"no text for {split}: the source is empty, or too short for this --shard_size or "
-               f"--max_tokens (to try others, remove {out})")
+    for split in "val", "train":
+        insist(split in [shard["split"] for shard in record["shards"]], f"no text for {split}: the source is empty, or "
+               f"too short for this --shard_size or --max_tokens (to try others, remove {out})")
     record = {key: value for key, value in record.items() if key != "next"} | {"complete": True}
     write_json(out / "meta.json", record)
     (out / "progress.json").unlink(missing_ok=True)
@@ -536,7 +520,7 @@ def finish(out, record):
 
 
 def read_record(folder, settings=None):
-    """What meta.json (finished) or else progress.json (begun) of a folder says; None if it has neither. A UserError if
+    """What meta.json (finished) or else progress.json (begun) of a folder says; {} if it has neither. A UserError if
     it was made with other settings, or, where these are given, if there are shards without a record."""
     for path in Path(folder, "meta.json"), Path(folder, "progress.json"):
         if path.exists():
@@ -547,6 +531,7 @@ def read_record(folder, settings=None):
             return record
     unknown = [path.name for path in Path(folder).glob("*") if settings and path.suffix in (".npy", ".bin")]
     insist(not unknown, f"{folder} holds shards of unknown origin ({', '.join(unknown)}): choose another --out")
+    return {}
 
 
 def write_file(path, write):
@@ -561,8 +546,7 @@ def write_file(path, write):
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error}). Finished shards are kept: make room, then the same command "
-                        "goes on") from None
+        raise UserError(f"cannot write {path} ({error}): make room. {KEPT}") from None
 
 
 def write_json(path, content):
@@ -571,17 +555,16 @@ def write_json(path, content):
 
 # ---- 4 ready-made ---------------------------------------------------------------------------------------------------
 
-def fetch_ready_made(args):
-    """Fetches val and the first N train shards of READY_MADE, FineWeb-Edu in shards of 100M tokens, and checks them.
-    What is here already is not fetched again, so a larger N adds to the folder. Returns (folder, meta)."""
+def fetch_ready_made(out, count):
+    """Fetches val and the first `count` train shards of READY_MADE, FineWeb-Edu in shards of 100M tokens, and checks
+    them. What is here already is not fetched again, so a larger count adds to the folder."""
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.utils import disable_progress_bars
     from tqdm import tqdm
-    count, out = args.pretokenized, args.out or Path("data", KNOWN["fineweb-edu"][2])
-    record = read_record(out, {"source": READY_MADE, "tokenizer": "gpt2"}) or {"complete": False, "revision": None}
-    if record["complete"] and count < len(record["shards"]):
-        return out, record
-    info = HfApi().dataset_info(READY_MADE, revision=record["revision"], files_metadata=True)
+    record = read_record(out, {"source": READY_MADE, "tokenizer": "gpt2"})
+    if record.get("complete") and count < len(record["shards"]):
+        return record
+    info = HfApi().dataset_info(READY_MADE, revision=record.get("revision"), files_metadata=True)
     files = sorted((file for file in info.siblings if file.rfilename.endswith(".bin")),
                    key=lambda file: ("_val_" not in file.rfilename, file.rfilename))[:count + 1]
     check_disk(out, sum(file.size for file in files if not (out / file.rfilename).exists()))
@@ -594,7 +577,7 @@ def fetch_ready_made(args):
             hf_hub_download(READY_MADE, file.rfilename, repo_type="dataset", revision=info.sha, local_dir=out)
             record["shards"].append(check_bin(out / file.rfilename, file.lfs and file.lfs.sha256))
             bar.update(file.size)
-    return out, finish(out, record)
+    return finish(out, record)
 
 
 def check_bin(path, digest=None):
@@ -646,8 +629,8 @@ def identify(args):
     source = args.source[0]
     facts = {"config": args.config, "text_column": args.text_column, "seed": args.seed}
     if args.source == ["builtin"]:
-        python = f"Python {sys.version.split()[0]}"
-        return facts | {"name": "builtin", "source": "builtin", "revision": python}, None, []
+        facts |= {"name": "builtin", "source": "builtin", "revision": f"Python {sys.version.split()[0]}"}
+        return facts, None, []
     local = os.path.exists(source) or glob.has_magic(source) or Path(source).suffix in READERS
     if len(args.source) == 1 and (source in KNOWN or source.count("/") == 1 and not local):
         repo, config, name = KNOWN.get(source) or (source, None, source.split("/")[1])
@@ -666,20 +649,18 @@ def check_disk(out, need):
     insist(need <= free, f"not enough room in {place}: make some, choose another --out, or use --max_tokens")
 
 
-def make_shards(args):
-    """Does what the flags say, --pretokenized excepted. Returns (folder, meta)."""
+def make_shards(args, out, facts, repo, files):
+    """Does what the flags say, --pretokenized excepted."""
     from tqdm import tqdm
-    facts, repo, files = identify(args)
-    out = args.out or Path("data", facts["name"])
     flags = {key: getattr(args, key) for key in ("max_tokens", "shard_size", "val_fraction")}
     record = read_record(out, facts | flags | {"tokenizer": args.tokenizer})
-    if record and record["complete"]:
-        return out, record
+    if record.get("complete"):
+        return record
     learn = args.tokenizer.startswith("bpe:") and not record
     encoding = None if learn else load_tokenizer(out if record else args.tokenizer)
     if repo:
-        val, train, size, facts["revision"] = open_hub(repo, facts["config"], args.text_column,
-                                                       record and record["revision"])
+        val, train, size, revision = open_hub(repo, facts["config"], args.text_column, record.get("revision"))
+        facts = facts | {"revision": revision}
     else:
         builtin = [] if files else list(builtin_documents())
         val, train, size = split_documents(lambda: clean(chain(builtin, *(
@@ -688,7 +669,7 @@ def make_shards(args):
     tokens = size and int(size / {"gpt2": 4.6, "bytes": 1}.get(args.tokenizer, 2.6))
     tokens = FINEWEB_TOKENS if facts["config"] == "sample-10BT" and args.tokenizer == "gpt2" else tokens
     tokens = min(filter(None, (tokens, args.max_tokens)), default=None)
-    done = sum(shard["tokens"] for shard in record["shards"]) if record else 0
+    done = sum(shard["tokens"] for shard in record.get("shards", []))
     print(f"{facts['source']} ({facts['revision']:.14}) as {args.tokenizer}:",
           f"about {tokens:,} tokens" if tokens else "nobody knows how many tokens")
     check_disk(out, 2 * max(0, (tokens or 0) - done))
@@ -697,19 +678,21 @@ def make_shards(args):
         encoding = train_tokenizer(texts, int(args.tokenizer.removeprefix("bpe:")))
     workers = args.workers if not size or size > 1 << 23 else 1     # 8 MB are cut before the workers are up
     with tqdm(total=tokens, initial=done, unit=" tokens", unit_scale=True) as bar:
-        return out, write_shards(train(), out, encoding, val=val and val(), workers=workers, bar=bar, facts=facts,
-                                 **flags)
+        return write_shards(train(), out, encoding, val=val and val(), workers=workers, bar=bar, facts=facts, **flags)
 
 
 def main(argv=None):
     """Makes the shards that the flags ask for; returns the content of their meta.json. Raises UserError."""
     args = parse_args(argv)
-    job = partial(make_shards if args.pretokenized is None else fetch_ready_made, args)
-    out, meta = ask_hub(job) if identify(args)[1] else job()
+    facts, repo, files = identify(args)
+    out = args.out or Path("data", facts["name"])
+    job = partial(make_shards, args, out, facts, repo, files)
+    if args.pretokenized is not None:
+        job = partial(fetch_ready_made, out, args.pretokenized)
+    meta = ask_hub(job) if repo else job()
     for split in "val", "train":
         shards = [shard for shard in meta["shards"] if shard["split"] == split]
-        tokens, documents = (sum(shard[key] for shard in shards) for key in ("tokens", "documents"))
-        size = sum(shard["bytes"] or 0 for shard in shards)
+        tokens, documents, size = (sum(shard[key] or 0 for shard in shards) for key in ("tokens", "documents", "bytes"))
         print(f"{split}: {tokens:,} tokens, {documents:,} documents, {f'{size:,}' if size else '?'} bytes of text in "
               f"{len(shards)} shards, the last one of {shards[-1]['tokens']:,} tokens")
     print(f"{out} is ready: an epoch is {tokens / 524_288:,.2f} steps of 524,288 tokens")
@@ -723,5 +706,5 @@ if __name__ == "__main__":
         print(f"fineweb.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("fineweb.py: stopped; the same command goes on after the last finished shard", file=sys.stderr)
+        print(f"fineweb.py: stopped. {KEPT}", file=sys.stderr)
         sys.exit(130)

@@ -92,7 +92,7 @@ def builtin_texts():
 def test_builtin_is_the_same_on_every_run_and_runs_nothing(tmp_path, request):
     code = ("import sys, hashlib; sys.path.insert(0, sys.argv[1]); import fineweb; h = hashlib.sha256();\n"
             "for t in fineweb.builtin_documents(): h.update(t.encode() + b'|')\n"
-            "names = 'antigravity', 'this', 'turtle', 'tkinter', 'pydoc_data'\n"
+            "names = 'antigravity', 'this', 'turtle', 'tkinter'\n"
             "print(h.hexdigest(), [m for m in names if m in sys.modules])")
     process = subprocess.Popen([sys.executable, "-c", code, str(ROOT)], cwd=tmp_path, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -694,23 +694,23 @@ def hub(tmp_path, monkeypatch, small_batches):
     import pyarrow.parquet
     files = tmp_path / "hub"
     files.mkdir()
-    for name, texts in ("train-0", TEXTS[:25]), ("train-1", TEXTS[25:45]), ("validation-0", TEXTS[45:]):
+    parts = {"train-0": TEXTS[:25], "train-1": TEXTS[25:45], "validation-0": TEXTS[45:], "test-0": TEXTS[:1]}
+    for name, texts in parts.items():
         table = pyarrow.table({"text": texts, "url": ["u"] * len(texts)})
         pyarrow.parquet.write_table(table, files / f"{name}.parquet", row_group_size=6)
     state = SimpleNamespace(splits=["train", "validation"], asked=[], fail=lambda: None)
     real = datasets.load_dataset
 
-    def load_dataset(repo, config, split, streaming, revision):
+    def load_dataset(repo, config, streaming, revision):
         state.fail()
-        state.asked.append((repo, config, split, streaming, revision))
-        data = real("parquet", data_files=str(files / f"{split}-*.parquet"), split="train", streaming=True)
-        return data
+        state.asked.append((repo, config, streaming, revision))
+        return {split: real("parquet", data_files=str(files / f"{split}-*.parquet"), split="train", streaming=True)
+                for split in state.splits}
 
     def dataset_info(self, repo):
         state.fail()
         return SimpleNamespace(sha="abc123")
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda repo, config, revision: state.splits)
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
     return state
 
@@ -733,7 +733,7 @@ def test_hub_shards_and_resumption(hub, tmp_path):
     assert sum(read_shards(tmp_path / "whole", "train"), []) == plain_tokens(TEXTS[:45], encoding)
     assert sum(read_shards(tmp_path / "whole", "val"), []) == plain_tokens(TEXTS[45:], encoding)
     assert (meta["source"], meta["revision"], meta["name"]) == ("me/set", "abc123", "set")
-    assert all(asked[3:] == (True, "abc123") for asked in hub.asked)
+    assert all(asked[2:] == (True, "abc123") for asked in hub.asked)
 
     for stop in 3, 10, 17:
         out, tokenize_batch, calls = tmp_path / f"stop{stop}", fineweb.tokenize_batch, []
@@ -762,7 +762,7 @@ def test_a_resumed_job_stays_with_its_revision(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self,
                         repo: SimpleNamespace(sha="newer"))
     hub.asked.clear()
-    assert fineweb.main(arguments)["revision"] == "abc123" and {asked[4] for asked in hub.asked} == {"abc123"}
+    assert fineweb.main(arguments)["revision"] == "abc123" and {asked[3] for asked in hub.asked} == {"abc123"}
 
 
 def test_hub_without_validation(hub, tmp_path):
@@ -800,9 +800,9 @@ def test_hub_sets_that_do_not_fit(hub, change, words):
 
 def test_a_missing_config_is_named(hub, monkeypatch):
     import datasets
-    def several(repo, config, revision):
+    def several(repo, config, streaming, revision):
         raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['en', 'de']")
-    monkeypatch.setattr(datasets, "get_dataset_split_names", several)
+    monkeypatch.setattr(datasets, "load_dataset", several)
     with pytest.raises(UserError, match="--config.*'en', 'de'") as told:
         fineweb.main(["--source", "me/set", "--tokenizer", "bytes"])
     assert "\n" not in str(told.value)
