@@ -355,18 +355,19 @@ def bench_muon(rounds=1, steps=600):
         with contextlib.redirect_stdout(io.StringIO()):
             fineweb.main(["--source", "builtin", "--tokenizer", "bpe:1024", "--out", folder])
         for layers, width in ((2, 64), (4, 128)):
-            shape = ["--block_size=128", f"--n_layer={layers}", f"--n_embd={width}", f"--n_head={width // 32}",
-                     "--total_batch_size=2048", "--warmup_steps=30", "--val_every=10000"]
+            shape = ["--block_size=64", f"--n_layer={layers}", f"--n_embd={width}", f"--n_head={width // 32}",
+                     "--total_batch_size=2048", "--warmup_steps=25", "--val_every=10000"]
 
-            def final(optimizer, lr, steps):
+            def final(optimizer, lr, part):
+                count = round(part * steps)
                 val, *_ = learn(folder, *shape, f"--optimizer={optimizer}", f"--max_lr={lr}", f"--min_lr={lr / 100}",
-                                f"--max_steps={steps}")
-                print(f"    {layers} x {width} {optimizer} {lr} {steps} steps: val {val[steps]:.4f}", flush=True)
-                return val[steps]
+                                f"--max_steps={count}")
+                print(f"    {layers} x {width} {optimizer} {lr} {count} steps: val {val[count]:.4f}", flush=True)
+                return val[count]
 
-            adamw = min((final("adamw", lr, steps), lr) for lr in (2e-3, 4e-3, 8e-3))
-            muon = min((final("muon", lr, round(0.6 * steps)), lr) for lr in (4e-3, 8e-3))
-            curve = {0.6: muon[0]} | {part: final("muon", muon[1], round(part * steps)) for part in (0.4, 0.5, 0.8)}
+            adamw = min((final("adamw", lr, 1), lr) for lr in (2e-3, 4e-3, 8e-3))
+            muon = min((final("muon", lr, 0.5), lr) for lr in (8e-3, 1.6e-2))
+            curve = {0.5: muon[0]} | {part: final("muon", muon[1], part) for part in (0.3, 0.4, 0.7)}
             parts = sorted(curve)
             need = float(np.interp(-adamw[0], [-curve[part] for part in parts], parts))
             sizes.append({"name": f"{layers} layers of {width}", "adamw_loss": round(adamw[0], 4),
