@@ -561,10 +561,11 @@ class Muon(torch.optim.Muon):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for p in group["params"]:                                    # (R, K)
-                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))  # (R, K)
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(momentum, group["momentum"])        # (R, K), Nesterov: the newest once more
+                # Nesterov's idea: the newest gradient counts once more.
+                update = p.grad.lerp(momentum, group["momentum"])        # (R, K)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(orthogonal(update), alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
 
@@ -572,7 +573,7 @@ class Muon(torch.optim.Muon):
 def orthogonal(x):
     """A matrix (R, K) -> nearly the orthogonal one with its directions: singular values between 0.7 and 1.2."""
     if x.size(0) > x.size(1):
-        return orthogonal(x.T).T                                         # (R, K)
+        return orthogonal(x.T).T
     x = x / x.norm().clamp(min=1e-7)                                     # (R, K)
     # x x^T x has the directions of x and the cubes of its singular values. So a polynomial of x changes these
     # alone, and this one, five times over, brings whatever lies between 0.01 and 1 close to 1.

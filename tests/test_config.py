@@ -65,12 +65,12 @@ def test_a_flag_without_a_value_means_yes():
 def test_the_later_wins(tmp_path, monkeypatch):
     """Default, what --resume found, the preset, --config, and the words, in whatever order they stand."""
     monkeypatch.chdir(tmp_path)
-    found = {**asdict(TrainConfig()), "n_layer": 2, "n_embd": 96, "max_steps": 11, "seed": 3}
+    found = {**asdict(TrainConfig()), "n_layer": 5, "n_embd": 96, "max_steps": 11, "seed": 3}
     Path("log").mkdir()
     Path("log/config.json").write_text(json.dumps(found))
     Path("c.json").write_text(json.dumps(dict(max_steps=12, val_every=7)))
     cfg = parse("--max_lr", 3e-3, "--resume", "--config", "c.json", "--preset", "laptop", "--min_lr", 1e-9)
-    assert (cfg.seed, cfg.n_layer, cfg.max_steps, cfg.val_every) == (3, 4, 12, 7)
+    assert (cfg.seed, cfg.n_layer, cfg.max_steps, cfg.val_every) == (3, PRESETS["laptop"]["n_layer"], 12, 7)
     assert (cfg.max_lr, cfg.min_lr) == (3e-3, 1e-9)
     assert cfg.n_embd == PRESETS["laptop"]["n_embd"] and cfg.resume
     assert parse("--resume").n_embd == 96 and parse("--resume", "--n_embd", 48).n_embd == 48

@@ -12,7 +12,7 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from helpers import TINY, FakeWorld, random_ids, tiny_config, tiny_model
-from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig, configure_optimizers, get_lr, train_step
+from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig, configure_optimizers, get_lr, orthogonal, train_step
 
 CPU = torch.device("cpu")
 
@@ -106,6 +106,45 @@ def test_muons_updates_are_nearly_orthogonal_and_of_adamws_size():
             assert was[0] > 8 * was[32], name  # the gradient itself is nothing like it
             assert spread[0].item() == pytest.approx(0.2 * math.sqrt(max(p.shape)), rel=0.3), name
             assert 0.1 < update.square().mean().sqrt() < 0.3, name
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (48, 144), (144, 48)])
+def test_orthogonal_keeps_the_directions_and_evens_their_strengths(shape):
+    """U S V^T becomes U P V^T: the SVD gives U and V, and P is the polynomial applied to S five times."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).double()
+    U, S, Vt = torch.linalg.svd(x, full_matrices=False)
+    P = S / S.norm()
+    for _ in range(5):
+        P = 3.4445 * P - 4.7750 * P ** 3 + 2.0315 * P ** 5
+    assert (orthogonal(x) - U @ torch.diag(P) @ Vt).abs().max() < 1e-9
+    assert 0.3 < P.min() and P[:24].min() > 0.68 and P.max() < 1.21
+    assert not orthogonal(torch.zeros(3, 5)).any()  # no gradient, no update: not 0 / 0
+
+
+def test_muon_is_pytorchs_without_its_rounding(monkeypatch):
+    """torch.optim.Muon, made to compute in float32, gives the same weights to the last digits."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor.clone())
+    ours, theirs = tiny_model(), tiny_model()
+    cfg = tiny_config(optimizer="muon", max_lr=0.02, weight_decay=0.3)
+    mine, _ = configure_optimizers(ours, cfg, CPU)
+    its = torch.optim.Muon([p for p in theirs.transformer.h.parameters() if p.dim() == 2], lr=0.02, weight_decay=0.3,
+                           adjust_lr_fn="match_rms_adamw")
+    for step in range(4):
+        for model, optimizer in (ours, mine), (theirs, its):
+            model.zero_grad()
+            model(random_ids(8, 11, seed=step), random_ids(8, 11, seed=step + 1))[1].backward()
+            optimizer.step()
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters()):
+        assert torch.allclose(p, q, rtol=0, atol=2e-6), name
+    state, other = (o.state_dict()["state"][0]["momentum_buffer"] for o in (mine, its))  # one kind of checkpoint
+    assert torch.allclose(state, other, rtol=0, atol=2e-6)
+
+
+def test_muon_is_pytorchs_own_off_the_cpu():
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**TINY))
+    muon, _ = configure_optimizers(model, tiny_config(optimizer="muon"), torch.device("meta"))
+    assert type(muon) is torch.optim.Muon and muon.defaults["adjust_lr_fn"] == "match_rms_adamw"
 
 
 # ---- the learning rate

@@ -95,7 +95,7 @@ def test_muon_in_several_processes(base, tmp_path):
     settings = dict(optimizer="muon", max_steps=6, warmup_steps=1)
     for size in (1, 2):
         run_many(size, command(base, f"log{size}", **settings), tmp_path)
-    assert_agrees(tmp_path / "log2", tmp_path / "log1", rel=1e-4)  # Muon computes in bfloat16
+    assert_agrees(tmp_path / "log2", tmp_path / "log1", rel=1e-5)  # torch.optim.Muon, in bfloat16, is off by 1e-4
 
 
 def test_samples_and_lines_are_printed_once(base, tmp_path):

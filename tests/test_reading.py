@@ -359,6 +359,11 @@ def visit_every_claim(checks, folder):
         model.generate(random_ids(2, 11), 2, temperature=0)
         model.generate(random_ids(2, 11), 2, temperature=0.7, top_k=9, stop=30)
 
+    with checks.where(R=8, K=9):
+        matrix = torch.nn.Parameter(torch.randn(8, 9))
+        matrix.grad = torch.randn(8, 9)
+        m.Muon([matrix], lr=0.1).step()
+
     windows = m.Corpus.windows
 
     def asked(self, numbers):  # n differs: the first windows of a shard, those of a step, a short last batch
