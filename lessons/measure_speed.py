@@ -367,7 +367,7 @@ def bench_muon(rounds=1, steps=600):
                 print(f"    {layers} x {width} {optimizer} {lr} {count} steps: val {val[count]:.4f}", flush=True)
                 return val[count]
 
-            adamw = min((final("adamw", lr, 1), lr) for lr in (2e-3, 4e-3, 8e-3))
+            adamw = min((final("adamw", lr, 1), lr) for lr in (1e-3, 2e-3, 4e-3))
             muon = min((final("muon", lr, 0.5), lr) for lr in (8e-3, 1.6e-2))
             curve = {0.5: muon[0]} | {part: final("muon", muon[1], part) for part in (0.3, 0.4, 0.7)}
             parts = sorted(curve)
