@@ -1,7 +1,8 @@
 """Speed, measured where you are: each benchmark does one thing in several ways, in turn, on the same machine.
 
-    python lessons/measure_speed.py                               # ladder, loader, start: minutes on two cores
+    python lessons/measure_speed.py                               # ladder, loader, start, processes: minutes
     python lessons/measure_speed.py ladder --device cuda          # the rungs of a training step, on a GPU
+    python lessons/measure_speed.py rows --device cuda            # rows, memory and tok/s for each size of GPT-2
     python lessons/measure_speed.py tokenising --text web.txt     # one benchmark, on a text of your own
 
 Other programs slow a machine down from one second to the next. So the ways take turns for several rounds, and
@@ -285,14 +286,97 @@ def bench_loader(steps=50):
 
 
 def bench_start(rounds=3):
-    """Seconds from the command to the prompt: import, --help, and the first line of a training step."""
+    """Seconds from the command to its end: an import, --help, and the laptop preset's first step, its shards being
+    there."""
     def python(*words):
-        return lambda: subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, check=True)
+        return lambda: subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, check=True)
 
-    ways = {"import torch": python("-c", "import torch"), "import train_gpt2": python("-c", "import train_gpt2"),
-            "--help": python("train_gpt2.py", "--help")}
-    clock, _ = in_turn(ways, rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        make_builtin(folder)
+        ways = {"import torch": python("-c", "import torch"), "import train_gpt2": python("-c", "import train_gpt2"),
+                "--help": python("train_gpt2.py", "--help"),
+                "one step of --preset laptop": python("train_gpt2.py", "--preset=laptop", f"--data_dir={folder}",
+                                                      f"--log_dir={folder}/log", "--max_steps=1", "--val_every=0",
+                                                      "--sample_every=0", "--checkpoint_every=0")}
+        clock, _ = in_turn(ways, rounds)
     return {name: round(min(seconds), 2) for name, seconds in clock.items()}
+
+
+def make_builtin(folder):
+    """Shards of the builtin text for the laptop preset, quietly."""
+    ids = train_gpt2.PRESETS["laptop"]["vocab_size"]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        fineweb.main(["--source", "builtin", "--tokenizer", f"bpe:{ids}", "--out", str(folder)])
+
+
+def bench_processes(device="cpu", rounds=3, steps=20):
+    """tok/s of one process, and of several under torchrun, with the same tokens a step, in turn.
+
+    On a CPU the laptop preset and two processes with half of the cores each; on GPUs 124M and a process a GPU (one
+    under torchrun, too, if there is only one). Also by how much their losses differ, relatively, at most.
+    """
+    count, rates, losses = torch.cuda.device_count() if device == "cuda" else 2, {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        data, flags = Path(folder, "data"), ["--preset=laptop"]
+        if device == "cuda":
+            data.mkdir()
+            flags = ["--preset=gpt2", "--warmup_steps=5"]
+            for split in "val", "train":
+                ids = np.random.default_rng(0).integers(0, 50257, (steps + 1) * 2 ** 19, dtype=np.uint16)
+                np.save(data / f"random_{split}_000000.npy", ids)
+        else:
+            make_builtin(data)
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+        for turn in range(rounds):
+            for name, python in (("one process", [sys.executable]), (f"{count} under torchrun", torchrun)):
+                log = Path(folder, f"{name} {turn}")
+                threads = max(1, os.cpu_count() // (count if python is torchrun else 1))
+                command = [*python, ROOT / "train_gpt2.py", *flags, f"--data_dir={data}", f"--log_dir={log}",
+                           f"--device={device}", f"--max_steps={steps}", "--val_every=0", "--hellaswag_every=0",
+                           "--sample_every=0", "--checkpoint_every=0"]
+                subprocess.run(command, check=True, capture_output=True,
+                               env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+                values, _ = train_gpt2.read_log(log)
+                losses[name] = values["train"]
+                # The first steps warm up: kernels are picked, on a GPU compiled.
+                rates.setdefault(name, []).append(statistics.median(list(values["tok/s"].values())[steps // 4:]))
+    one, many = rates.values()
+    first, second = losses.values()
+    return {"tok_s": {name: round(statistics.median(rate)) for name, rate in rates.items()},
+            "times_faster": median_ratio(many, one), "each_round": [round(b / a, 2) for a, b in zip(one, many)],
+            "largest_relative_difference_of_losses": max(abs(second[s] - loss) / loss for s, loss in first.items())}
+
+
+def bench_rows(device="cuda", rounds=3, presets=("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")):
+    """Rows a micro-batch, memory at the peak and tok/s of a step of AdamW, for each size of GPT-2: 1, 2, 4 ... rows up
+    to 64, or until memory runs out. For GPUs: there this is the table to choose --micro_batch_size from."""
+    table, device = [], torch.device(device)
+    if device.type == "cpu":
+        return {"note": "for a GPU: python lessons/measure_speed.py rows --device cuda"}
+    for preset in presets:
+        cfg = train_gpt2.TrainConfig(**train_gpt2.PRESETS[preset])
+        model = train_gpt2.GPT(cfg).to(device)
+        optimizers = train_gpt2.configure_optimizers(model, cfg, device)
+        compiled = torch.compile(model, dynamic=False)
+        world = train_gpt2.World(replace(cfg, device=device.type))
+        for rows in (1, 2, 4, 8, 16, 32, 64):
+            x = torch.randint(50257, (1, rows, cfg.block_size), device=device)
+            def step():
+                train_gpt2.train_step(compiled, optimizers, x, x, cfg.max_lr, cfg, world)[0].item()
+
+            try:
+                torch.cuda.reset_peak_memory_stats()
+                in_turn({"warm up": step}, 3)
+                seconds, _ = in_turn({"step": step}, rounds)
+            except torch.OutOfMemoryError:
+                print(f"    {preset:12} {rows:3} rows: out of memory")
+                break
+            table.append({"preset": preset, "rows": rows, "memory_gb": torch.cuda.max_memory_allocated() / 1e9,
+                          "tok_s": round(x.numel() / statistics.median(seconds["step"]))})
+            print("    {preset:12} {rows:3} rows: {memory_gb:6.1f} GB, {tok_s:9,} tok/s".format(**table[-1]))
+        del model, compiled, optimizers
+        torch.cuda.empty_cache()
+    return {"table": table}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -319,32 +403,42 @@ def learn(data_dir, *flags):
     return values["val"], bits, sum(cfg.total_batch_size / r for r in values["tok/s"].values()), cfg.total_batch_size
 
 
-def bench_laptop(text=None, rounds=1):
-    """`--preset laptop`, with its own tokenizer and with bytes, against nanoGPT's recipe, on the builtin text or on
-    the first 1.1 MB of a file.
+# The way from there to `--preset laptop`, and what leads away from it: (name, tokenizer, flags on top of the preset).
+# The steps of each are as many as took the seconds of nanoGPT's recipe on two cores without bfloat16.
+SMALL = ["--n_layer=4", "--n_head=4", "--n_embd=128"]
+RECIPES = [("nanoGPT's recipe", "bytes", NANOGPT),
+           ("Muon instead of AdamW, 16 rows", "bytes", [*SMALL, "--total_batch_size=1024", "--max_steps=1050"]),
+           ("1,024 ids instead of bytes, 32 rows", "bpe:1024", [*SMALL, "--max_steps=640"]),
+           ("two layers of 192 instead of four of 128", "bpe:1024", ["--max_steps=650"]),
+           ("2,048 ids: --preset laptop", "bpe:2048", []),
+           ("with AdamW at 2e-3", "bpe:2048", ["--optimizer=adamw", "--max_lr=2e-3", "--max_steps=650"]),
+           ("with AdamW at 4e-3", "bpe:2048", ["--optimizer=adamw", "--max_lr=4e-3", "--max_steps=650"]),
+           ("with a context of 128", "bpe:2048", ["--block_size=128", "--max_steps=530"]),
+           ("with 4,096 ids", "bpe:4096", ["--max_steps=390"])]
 
-    Returns bits per byte on the held-out tenth, and the seconds spent in training steps, of each.
-    """
+
+def bench_laptop(text=None, rounds=1):
+    """`--preset laptop` against nanoGPT's recipe and others in between, on the builtin text or on the first 1.1 MB of
+    a file: bits and nats per byte on the held-out tenth, and the seconds spent in training steps."""
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         source = ["builtin"]
         if text:
             file = Path(folder, "text.txt")
             file.write_text(Path(text).read_text(encoding="utf-8")[:1_100_000], encoding="utf-8")
             source = [str(file)]
-        ours = f"bpe:{train_gpt2.PRESETS['laptop']['vocab_size']}"
-        for tokenizer in ("bytes", ours):
-            with contextlib.redirect_stdout(io.StringIO()):
-                fineweb.main(["--source", *source, "--tokenizer", tokenizer, "--val_fraction=0.1",
-                              "--out", str(Path(folder, tokenizer))])
-        result = {"text": "a text file" if text else "builtin", "threads": torch.get_num_threads()}
-        for name, tokenizer, flags in (("nanogpt_bytes", "bytes", NANOGPT),
-                                       ("laptop_bytes", "bytes", ["--preset=laptop"]),
-                                       ("laptop", ours, ["--preset=laptop"])):
-            _, bits, seconds, _ = learn(Path(folder, tokenizer), *flags, "--val_every=10000")
-            result |= {f"{name}_bits_per_byte": round(bits, 4), f"{name}_nats_per_byte": round(bits * math.log(2), 4),
-                       f"{name}_seconds": round(seconds, 1)}
-            print(f"    {name:20} {bits:.3f} bits per byte in {seconds:.0f} s", flush=True)
-    return result
+        for name, tokenizer, flags in RECIPES:
+            data = Path(folder, tokenizer)
+            if not data.exists():
+                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                    fineweb.main(["--source", *source, "--tokenizer", tokenizer, "--out", str(data)])
+            preset = [] if flags is NANOGPT else ["--preset=laptop"]
+            _, bits, seconds, _ = learn(data, *preset, *flags, "--val_every=10000")
+            rows.append({"recipe": name, "tokenizer": tokenizer, "flags": " ".join(preset + flags),
+                         "bits_per_byte": round(bits, 4), "nats_per_byte": round(bits * math.log(2), 4),
+                         "seconds": round(seconds, 1)})
+            print(f"    {name:42} {bits:.3f} bits per byte in {seconds:.0f} s", flush=True)
+    return {"text": "a text file" if text else "builtin", "threads": torch.get_num_threads(), "recipes": rows}
 
 
 def bench_muon(rounds=1, steps=600):
@@ -504,9 +598,10 @@ def bench_hellaswag(n=None, rounds=5):
 # ------------------------------------------------------------------------------------------------------------
 # running and keeping
 
-BENCHES = {"ladders": bench_ladder, "loader": bench_loader, "start": bench_start, "tokenising": bench_tokenising,
-           "hellaswag": bench_hellaswag, "laptop": bench_laptop, "muon": bench_muon}
-QUICK = ("ladders", "loader", "start")  # minutes, without a vocabulary or a file from elsewhere
+BENCHES = {"ladders": bench_ladder, "loader": bench_loader, "start": bench_start, "processes": bench_processes,
+           "rows": bench_rows, "tokenising": bench_tokenising, "hellaswag": bench_hellaswag, "laptop": bench_laptop,
+           "muon": bench_muon}
+QUICK = ("ladders", "loader", "start", "processes")  # minutes, without a vocabulary or a file from elsewhere
 
 
 def machine(device):
@@ -541,7 +636,8 @@ def main(argv=None):
     names = ["ladders" if name == "ladder" else name for name in args.names or QUICK]
     if unknown := set(names) - set(BENCHES):
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHES)}")
-    own = {"ladders": {"device": args.device}, "tokenising": {"text": args.text, "workers": args.workers},
+    own = {"ladders": {"device": args.device}, "processes": {"device": args.device}, "rows": {"device": args.device},
+           "tokenising": {"text": args.text, "workers": args.workers},
            "laptop": {"text": args.text}}
     path = args.out / f"speed_{args.device}.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
@@ -555,7 +651,8 @@ def main(argv=None):
         if name == "muon":  # no matter of speed: the same on any device
             (args.out / "muon.json").write_text(json.dumps(result | machine(args.device), indent=1) + "\n")
             continue
-        kept[name] = result | machine(args.device)
+        kept[f"{name} on a text file" if args.text and name in ("laptop", "tokenising") else name] = (
+            result | machine(args.device))
         print(name)
         for key, value in result.items():
             print(f"    {key:32} {value}")
