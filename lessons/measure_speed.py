@@ -444,7 +444,8 @@ def bench_laptop(text=None, rounds=1):
 def bench_muon(rounds=1, steps=600):
     """How many tokens Muon needs for the loss that AdamW ends at, at two sizes -> lessons/measured/muon.json.
 
-    Each point is a run of its own, with its own whole schedule; AdamW has the best of three learning rates.
+    Each point is a run of its own, with its own whole schedule. AdamW has the best of three learning rates, Muon the
+    better of two.
     """
     sizes = []
     with tempfile.TemporaryDirectory() as folder:
@@ -463,7 +464,7 @@ def bench_muon(rounds=1, steps=600):
 
             adamw = min((final("adamw", lr, 1), lr) for lr in (1e-3, 2e-3, 4e-3))
             muon = min((final("muon", lr, 0.5), lr) for lr in (8e-3, 1.6e-2))
-            curve = {0.5: muon[0]} | {part: final("muon", muon[1], part) for part in (0.3, 0.4, 0.7)}
+            curve = {0.5: muon[0]} | {part: final("muon", muon[1], part) for part in (0.2, 0.3, 0.4, 0.7)}
             parts = sorted(curve)
             need = float(np.interp(-adamw[0], [-curve[part] for part in parts], parts))
             sizes.append({"name": f"{layers} layers of {width}", "adamw_loss": round(adamw[0], 4),

@@ -75,3 +75,23 @@ def test_the_script_prints_and_keeps_a_ladder(tmp_path, monkeypatch, capsys):
     assert rows["float32"]["times_faster"] == 1 and rows["torch.compile"]["note"].startswith("torch.compile needs")
     assert rows["transformers"]["tok_s"] > 0 and abs(rows["transformers"]["loss_difference"]) < 1e-5
     assert "fused AdamW" in capsys.readouterr().out
+
+
+def test_recipes_are_runs_in_our_flags():
+    for name, tokenizer, flags in measure_speed.RECIPES:
+        preset = [] if flags is measure_speed.NANOGPT else ["--preset=laptop"]
+        cfg, _ = measure_speed.train_gpt2.parse_config("train", [*preset, *flags, *measure_speed.QUIET])
+        assert cfg.n_embd % cfg.n_head == 0 and cfg.total_batch_size % cfg.block_size == 0, name
+        assert cfg.optimizer == ("adamw" if "AdamW at" in name or "nanoGPT" in name else "muon"), name
+        assert tokenizer == f"bpe:{cfg.vocab_size}" or "--preset laptop" not in name
+
+
+def test_the_table_of_rows_is_for_gpus():
+    assert "rows --device cuda" in measure_speed.bench_rows("cpu")["note"]
+
+
+@pytest.mark.slow
+def test_two_processes_are_measured_and_are_one():
+    result = measure_speed.bench_processes("cpu", rounds=1, steps=4)
+    assert set(result["tok_s"]) == {"one process", "2 under torchrun"} and min(result["tok_s"].values()) > 0
+    assert result["largest_relative_difference_of_losses"] < 1e-5
