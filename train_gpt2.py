@@ -561,7 +561,7 @@ class Muon(torch.optim.Muon):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for p in group["params"]:
+            for p in [p for p in group["params"] if p.grad is not None]:  # without those that someone has frozen
                 momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 1 - group["momentum"])
                 # Nesterov's idea: the newest gradient counts once more.

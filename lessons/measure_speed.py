@@ -613,7 +613,7 @@ def machine(device):
     versions = {package: version(package) for package in ("torch", "numpy", "transformers", "tiktoken")}
     return {"device": device, "machine": name, "torch": versions["torch"], "python": platform.python_version(),
             "versions": versions, "commit": commit or None, "date": datetime.date.today().isoformat(),
-            "command": " ".join(["python lessons/measure_speed.py", *sys.argv[1:]])}
+            "command": " ".join(["python lessons/measure_speed.py", *(word.split("/")[-1] for word in sys.argv[1:])])}
 
 
 def cpu_name():
