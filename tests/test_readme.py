@@ -51,7 +51,8 @@ def check_train_gpt2(words):
 def check_measure_speed(words):
     sys.path.insert(0, str(ROOT / "lessons"))
     import measure_speed
-    assert set(words) <= {*measure_speed.BENCHES, "ladder"}, words
+    names = words[:words.index("--device")] if "--device" in words else words
+    assert set(names) <= {*measure_speed.BENCHES, "ladder"} and words[len(names) + 1:] in ([], ["cuda"], ["cpu"]), words
 
 
 CHECKS = {"train_gpt2.py": check_train_gpt2, "fineweb.py": fineweb.parse_args, "hellaswag.py": hellaswag.parse_args,
