@@ -225,8 +225,8 @@ def test_the_page_works_in_its_order(tmp_path, monkeypatch, capsys):
     """"On a laptop" line by line, with a smaller model and few steps, then its Python snippets."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "book.txt").write_text("\n\n".join(islice(fineweb.builtin_documents(), 150)))
-    smaller = ("--n_layer 2 --n_embd 64 --block_size 64 --max_steps 20 --warmup_steps 2 --val_tokens 4096 --val_every 10 "
-               "--checkpoint_every 10").split()
+    smaller = ("--n_layer 2 --n_head 4 --n_embd 64 --block_size 64 --max_steps 20 --warmup_steps 2 --val_tokens 4096 "
+               "--val_every 10 --checkpoint_every 10").split()
     lines = commands(section("On a laptop").split("```")[0]) + commands(section("On a laptop").split("```")[2])
     assert len([words for words in lines if words[:2] == ["python", "train_gpt2.py"]]) >= 7
     for words in lines:
@@ -241,7 +241,7 @@ def test_the_page_works_in_its_order(tmp_path, monkeypatch, capsys):
             main(words[2:] + smaller * words[2].startswith("-"))
     assert (tmp_path / "log/log.png").exists() and (tmp_path / "log/earlier-1").is_dir()
     assert (tmp_path / "log_book/log.txt").exists()
-    main(["--init", "my-gpt2", "--data_dir", "data/builtin", "--log_dir", "log_tuned", *smaller[6:], "--hellaswag_every", "0",
+    main(["--init", "my-gpt2", "--data_dir", "data/builtin", "--log_dir", "log_tuned", *smaller[8:], "--hellaswag_every", "0",
           "--total_batch_size", "2048", "--sample_every", "0"])      # an exported folder can be trained further
     snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(snippets) == 2
