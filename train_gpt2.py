@@ -572,7 +572,7 @@ class Muon(torch.optim.Muon):
 
 def orthogonal(x):
     """A matrix (R, K) -> nearly the orthogonal one with its directions: singular values between 0.7 and 1.2."""
-    if x.size(0) > x.size(1):
+    if x.size(0) > x.size(1):  # the result is the same, but x x^T is smaller with the shorter side first
         return orthogonal(x.T).T
     x = x / x.norm().clamp(min=1e-7)                                     # (R, K)
     # x x^T x has the directions of x and the cubes of its singular values. So a polynomial of x changes these

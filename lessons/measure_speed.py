@@ -361,6 +361,7 @@ def bench_rows(device="cuda", rounds=3, presets=("gpt2", "gpt2-medium", "gpt2-la
         world = train_gpt2.World(replace(cfg, device=device.type))
         for rows in (1, 2, 4, 8, 16, 32, 64):
             x = torch.randint(50257, (1, rows, cfg.block_size), device=device)
+
             def step():
                 train_gpt2.train_step(compiled, optimizers, x, x, cfg.max_lr, cfg, world)[0].item()
 
