@@ -25,6 +25,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -309,8 +310,13 @@ def load_tokenizer(folder_or_name):
             raise UserError(f"GPT-2's vocabulary is not here ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to a "
                             "folder that has it, copied from elsewhere, or use --tokenizer bytes, bpe:N") from None
     insist(path.exists(), f"no tokenizer {folder_or_name}: neither gpt2, nor bytes, nor a folder with tokenizer.json")
+    return tokenizer_from_json(path.read_text(encoding="utf-8"), Path(name).name)
+
+
+def tokenizer_from_json(text, name):
+    """The tokenizer that the text of a tokenizer.json describes."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(text)
         vocab, rule = content["model"]["vocab"], content["pre_tokenizer"]
         letters = sorted(vocab.keys() - {EOT}, key=vocab.get)
         tokens = [bytes(map(BYTES.get, token)) for token in letters]
@@ -321,8 +327,8 @@ def load_tokenizer(folder_or_name):
         insist((merged, ids, marks) == (letters[256:], list(range(len(ids))), {EOT: len(ids)}), "other merges or ids")
         insist((rule["type"], rule["add_prefix_space"]) == ("ByteLevel", False), "other words")
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: no byte-level BPE like GPT-2's ({one_line(error)})") from None
-    return make_encoding(Path(name).name, tokens)
+        raise UserError(f"{name}: no byte-level BPE like GPT-2's ({one_line(error)})") from None
+    return make_encoding(name, tokens)
 
 
 def merges_of(ranks):
@@ -344,6 +350,14 @@ def merges_of(ranks):
 def save_tokenizer(encoding, folder):
     """Writes tokenizer.json and tokenizer_config.json; with them transformers.AutoTokenizer cuts the same. One
     difference stays: transformers takes the letters `<|endoftext|>` within a text for the mark."""
+    write_file(Path(folder, "tokenizer.json"), lambda file: file.write(tokenizer_to_json(encoding).encode()))
+    write_json(Path(folder, "tokenizer_config.json"), {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": EOT, "eos_token": EOT, "unk_token": EOT,
+        "model_max_length": 1024, "clean_up_tokenization_spaces": False})
+
+
+def tokenizer_to_json(encoding):
+    """The text of a tokenizer.json: what `tokenizer_from_json` reads again, and `tokenizers` and transformers too."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     written = {token: token.decode("latin-1").translate(LETTERS) for token in encoding._mergeable_ranks}
     vocab = {written[token]: i for token, i in encoding._mergeable_ranks.items()} | {EOT: encoding.eot_token}
@@ -352,10 +366,7 @@ def save_tokenizer(encoding, folder):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(EOT, special=True, normalized=False)])
-    write_file(Path(folder, "tokenizer.json"), lambda file: file.write(tokenizer.to_str(pretty=True).encode()))
-    write_json(Path(folder, "tokenizer_config.json"), {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": EOT, "eos_token": EOT, "unk_token": EOT,
-        "model_max_length": 1024, "clean_up_tokenization_spaces": False})
+    return tokenizer.to_str(pretty=True)
 
 
 # ---- 3 shards -------------------------------------------------------------------------------------------------------
@@ -547,6 +558,51 @@ def write_file(path, write):
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path} ({error}): make room. {KEPT}") from None
+
+
+def read_json(file):
+    """The dict that a file holds as JSON; UserError if it is anything else."""
+    try:
+        return dict(json.loads(Path(file).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file} can't be read as JSON ({one_line(error)})") from None
+
+
+def open_shards(data_dir, split):
+    """The shards of a split in their order, [(file, ids)]; ids is a row of uint16 that stays on disk.
+
+    Two layouts: numpy's .npy, and the .bin of llm.c and modded-nanogpt (256 int32: 20240520, 1, number
+    of ids; then the ids). Nothing in a file is executed. UserError if there are none, or one is damaged.
+    """
+    shards, name = [], re.compile(rf".*_{split}_\d+\.(npy|bin)")
+    for file in sorted(f for f in Path(data_dir).glob("*") if name.fullmatch(f.name)):
+        try:
+            if file.suffix == ".npy":
+                ids = np.load(file, mmap_mode="r", allow_pickle=False)
+            else:
+                ids = np.memmap(file, dtype=np.uint16, mode="r", offset=1024)
+                if tuple(np.fromfile(file, dtype=np.int32, count=3)) != (20240520, 1, len(ids)):
+                    raise ValueError("its header is not that of a shard of this length")
+            if ids.dtype != np.uint16 or ids.ndim != 1:
+                raise ValueError(f"{ids.ndim}-dimensional {ids.dtype}, where a shard is a row of uint16")
+        except (ValueError, OSError, EOFError) as error:
+            raise UserError(f"{file} is damaged ({error}): delete it and make it again with fineweb.py") from error
+        shards.append((file, ids))
+    if not shards:
+        raise UserError(f"no {split} shards in {Path(data_dir).resolve()}: `python fineweb.py --out {data_dir}` "
+                        "makes them from FineWeb-Edu, --source from other text; --preset laptop needs none")
+    return shards
+
+
+def read_meta(data_dir):
+    """What is noted of a folder of shards: tokenizer, vocab_size, eot, and of each shard the ids and bytes of text.
+
+    Shards from elsewhere, which have no meta.json, are taken to be GPT-2's ids. UserError for unfinished ones.
+    """
+    path = Path(data_dir, "meta.json")
+    if path.with_name("progress.json").exists() and not path.exists():
+        raise UserError(f"{data_dir} is not finished: give the same fineweb.py command again, it goes on")
+    return dict(tokenizer="gpt2", vocab_size=50257, eot=50256, shards=[]) | (read_json(path) if path.exists() else {})
 
 
 def write_json(path, content):
