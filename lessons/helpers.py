@@ -1,10 +1,11 @@
 """What the lessons share: a comparison that asserts, noise that unmasks bugs, a text to learn from, and a check
-for exercises. Everything else a lesson builds itself, or imports from train_gpt2.py."""
+for exercises. Everything else a lesson builds itself, or imports from train_gpt2.py. The pictures are in figures.py."""
 import sys
 from pathlib import Path
 
 import torch
 
+assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9), f"PyTorch 2.9 or later, not {torch.__version__}"
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that `import train_gpt2` works wherever the notebook was started
 
@@ -12,7 +13,7 @@ sys.path.insert(0, str(ROOT))  # so that `import train_gpt2` works wherever the 
 def compare(name, ours, ref, atol):
     """Print the largest difference of two tensors (or numbers), and stop with an AssertionError if it is above atol.
 
-    A difference of exactly 0 is said to be so: it means the same operations in the same order.
+    When the difference is exactly 0 it says so: usually the same operations in the same order.
     """
     ours, ref = (t.detach() if torch.is_tensor(t) else torch.tensor(t, dtype=torch.float64) for t in (ours, ref))
     assert ours.shape == ref.shape, f"{name}: shapes {tuple(ours.shape)} and {tuple(ref.shape)} differ"
@@ -25,8 +26,8 @@ def compare(name, ours, ref, atol):
 def shake(module, std=0.2, seed=1):
     """Add N(0, std) to every parameter, and return the module.
 
-    Fresh biases are 0 and fresh gains are 1, so a forgotten bias or a misplaced gain changes nothing and no
-    comparison sees it. After a shake it does.
+    Fresh biases are 0 and fresh gains are 1, so a forgotten bias or a misplaced gain changes nothing, and no
+    comparison can see it. After a shake it can.
     """
     generator = torch.Generator().manual_seed(seed)
     for p in module.parameters():
@@ -35,10 +36,10 @@ def shake(module, std=0.2, seed=1):
 
 
 def corpus(file="input.txt"):
-    """The text to learn from: your own `input.txt`, beside the notebook or at the top, else what Python carries.
+    """The text to learn from: your own `input.txt`, beside the notebook or in the top folder, or else Python's own.
 
     The built-in text (the Language Reference and the docstrings of the standard library, about 2 MB) is reduced
-    to printable ASCII and line breaks, so that a vocabulary of characters stays small: 96 of them.
+    to printable ASCII and line breaks, so that a vocabulary of characters stays small: 96 at most.
     """
     for path in (Path(file), ROOT / file):
         if path.is_file():
