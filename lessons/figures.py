@@ -174,3 +174,114 @@ def gpt2_map(*lit):
     ax.text(3, 8.2, "to every part above", ha="left", va="center", size=9.5, color=QUIET)
     show(fig, alt="Map of GPT-2: text, tokenizer, data, wte + wpe, twelve blocks with attn and mlp that add to the "
                   f"residual stream, ln_f, lm_head, loss, optimizer. Lit: {', '.join(sorted(lit))}")
+
+
+# ---- lesson 05
+
+def merge_tree(word, steps, title):
+    """The merges of a word as a tree. steps: in order, (place of the left piece, id of the new piece)."""
+    gap, pieces = 100 / max(8, len(word)), []
+    for i, letter in enumerate(word):
+        x = (i - (len(word) - 1) / 2) * gap
+        pieces.append(dict(x=x, level=0, text=letter.replace(" ", "␣"), id=None, kids=()))
+    nodes = list(pieces)
+    for place, new in steps:
+        kids = pieces[place:place + 2]
+        piece = dict(x=sum(kid["x"] for kid in kids) / 2, level=1 + max(kid["level"] for kid in kids), id=new,
+                     text="".join(kid["text"] for kid in kids), kids=kids)
+        pieces[place:place + 2] = [piece]
+        nodes.append(piece)
+    top = max(node["level"] for node in nodes)
+    fig, ax = canvas(100, 14 + 9 * top, title)
+    ys = [5 + 9 * level for level in range(top + 1)]
+    for node in nodes:
+        x, y = 50 + node["x"], ys[node["level"]]
+        for kid in node["kids"]:
+            ax.plot([50 + kid["x"], x], [ys[kid["level"]] + 2.4, y - 2.6], color=GRAY, lw=1.5, zorder=1)
+        box(ax, x, y, max(gap * 0.55, 1.9 * len(node["text"]) + 1.6), 5.2 if node["id"] else 4.4, node["text"],
+            "" if node["id"] is None else f"id {node['id']:,}", lit=any(node is piece for piece in pieces))
+    show(fig, alt=f"The merges that build {word!r}, from its bytes at the bottom to its tokens")
+
+
+# ---- lesson 06
+
+def parameter_map(config):
+    """All parameters of a GPT as one area: wte and wpe, then a column for each block, cut into its matrices."""
+    C, L, V = config.n_embd, config.n_layer, config.vocab_size
+    wte, wpe, block = V * C / 1e6, config.block_size * C / 1e6, 12 * C * C / 1e6
+    start, y = wte + wpe, 1
+    fig, ax = plt.subplots(figsize=(10, 4.4))
+
+    def area(x, width, y, height, color):
+        ax.add_patch(plt.Rectangle((x, y), width, height, fc=color, ec="white", lw=1))
+
+    area(0, wte, 0, 1, BLUE)
+    ax.text(wte / 2, 0.5, f"wte\n{V:,} x {C}\n{wte:.1f} million\n\none vector\nfor each token", ha="center",
+            va="center", color="white", size=12, weight="bold")
+    area(wte, wpe, 0, 1, RED)
+    ax.annotate(f"wpe, {wpe:.1f} million", (wte + wpe / 2, 0), (wte + wpe / 2, -0.2), ha="center", color=RED,
+                arrowprops=dict(arrowstyle="-", color=RED), annotation_clip=False)
+    for name, squares, shape, color in (
+            ("attn.c_attn", 3, f"{C} to {3 * C:,}", ORANGE), ("attn.c_proj", 1, f"{C} to {C}", GRAY),
+            ("mlp.c_fc", 4, f"{C} to {4 * C:,}", GREEN), ("mlp.c_proj", 4, f"{4 * C:,} to {C}", VIOLET)):
+        y -= squares / 12
+        for i in range(L):
+            area(start + i * block, block, y, squares / 12, color)
+        ax.text(start + L * block / 2, y + squares / 24, f"{name}: {shape}, {squares * C * C * L / 1e6:.1f} million",
+                ha="center", va="center", color="white", size=12, weight="bold", bbox=dict(fc=color, ec="none", pad=1))
+    ax.set(xlim=(0, start + L * block), ylim=(0, 1), xlabel="million parameters", yticks=[])
+    ax.spines[:].set_visible(False)
+    top = ax.secondary_xaxis("top")
+    top.set_ticks([start + (i + 0.5) * block for i in range(L)], [f"h.{i}" for i in range(L)], size=9)
+    top.spines[:].set_visible(False)
+    ax.set_title("Where do the parameters sit?")
+    show(fig, alt="The parameters of GPT-2 as one area: wte on the left, then the matrices of each block")
+
+
+# ---- lesson 07
+
+def ridges(columns, title, xlabel):
+    """Histograms, one for each layer, the first at the top. columns: {name: list of tensors, one for each layer}."""
+    fig, axes = plt.subplots(1, len(columns), figsize=(10, 4.8), sharey=True, sharex=True)
+    reach = 3.2 * max(layer.std().item() for layers in columns.values() for layer in layers)
+    for ax, (name, layers) in zip(axes, columns.items()):
+        for i, layer in enumerate(layers):
+            counts, edges = layer.flatten().histogram(150, range=(-reach, reach))
+            height, x = 1.7 * counts / counts.max(), (edges[:-1] + edges[1:]) / 2
+            color = plt.cm.viridis(0.15 + 0.7 * i / len(layers))
+            ax.fill_between(x, -i, height - i, color=color, alpha=0.85, lw=0, zorder=i)
+            ax.plot(x, height - i, color="white", lw=0.9, zorder=i)
+            ax.text(reach, 0.12 - i, f"{layer.std():.3f}", ha="right", size=9, color=QUIET, zorder=99)
+        ax.set_title(name, size=11.5)
+        ax.set(xlabel=xlabel, yticks=[-i for i in range(len(layers))], yticklabels=range(1, len(layers) + 1))
+        ax.spines["left"].set_visible(False)
+        ax.tick_params(left=False)
+    axes[0].set_ylabel("after block")
+    fig.suptitle(title, size=13)
+    show(fig, alt=title)
+
+
+# ---- lesson 08
+
+def byte_roads(rungs, title):
+    """Roads between memory and arithmetic, as wide as what travels on them. rungs: {name: {load: bytes}}."""
+    loads, width = list(next(iter(rungs.values()))), 104 / len(rungs)
+    widest = [max(rung[load] for rung in rungs.values()) for load in loads]
+    scale = 34 / sum(widest)
+    fig, ax = canvas(104, 14 + 34 + 3 * len(loads), title)
+    top = 3 + 34 + 3 * len(loads)
+    for n, (name, rung) in enumerate(rungs.items()):
+        left, middle, y = n * width + 1, (n + 0.5) * width, top - 1.5
+        ax.text(middle, top + 3, f"{name}: {sum(rung.values()) / 1e6:,.0f} MB", ha="center", size=12)
+        for x, label in ((left, "memory"), (left + width - 7, "arithmetic")):
+            ax.add_patch(plt.Rectangle((x, 2), 5, top - 2, fc=PALE, ec=EDGE, lw=1.2, zorder=3))
+            ax.text(x + 2.5, top / 2, label, rotation=90, ha="center", va="center", size=13, zorder=4)
+        for load, color, most in zip(loads, (RED, ORANGE, VIOLET, GREEN, BLUE, GRAY), widest):
+            high, low = rung[load] * scale, y - most * scale
+            ax.add_patch(plt.Rectangle((left + 5, low), width - 12, high, fc=color, alpha=0.8, lw=0, zorder=2))
+            on_it = high > 2.2
+            ax.text(middle - 1, low + high / 2 if on_it else low + high + 1.1, f"{load}: {rung[load] / 1e6:,.0f} MB",
+                    ha="center", va="center", size=10.5, color="white" if on_it else INK, zorder=4,
+                    weight="bold" if on_it else "normal")
+            y = low - 3
+    show(fig, alt=f"{title} " + "; ".join(f"{name}: {rung}" for name, rung in rungs.items()))
