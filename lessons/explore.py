@@ -21,7 +21,7 @@ import train_gpt2  # noqa: E402
 from fineweb import Parser, UserError, read_json, tokenizer_to_json, write_file  # noqa: E402
 
 LARGEST = 150e6  # bytes: a browser holds the page, its decoded weights and their float32 copy, 3.5 times as much
-TEXT = "Return the number of items in the list. If the list is empty, return the default value."
+TEXT = "Return the number of items in the list. If the list is empty, return the"
 ABOUT = {"builtin": "It learned from the documentation that every Python carries, so it knows little else.",
          "tinystories": "It learned from short stories for children, so it knows little else.",
          "edu_fineweb10B": "It learned from educational web pages."}
@@ -46,7 +46,7 @@ def lines_of(thing, words):
     if words:
         at = next(i for i, line in enumerate(lines) if words in line)
         lines, first = [lines[at]], first + at
-    return {"file": Path(inspect.getsourcefile(thing)).name, "first": first, "last": first + len(lines) - 1,
+    return {"file": Path(inspect.getsourcefile(inspect.unwrap(thing))).name, "first": first, "last": first + len(lines) - 1,
             "source": inspect.cleandoc("\n" + "".join(lines))}
 
 

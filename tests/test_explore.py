@@ -1,0 +1,376 @@
+"""The explorer's page: its arithmetic and its tokenizer against ours under node, and the page itself in a browser."""
+import base64
+import contextlib
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import time
+import urllib.parse
+import zlib
+
+import pytest
+import torch
+
+from conftest import ROOT
+from fineweb import UserError, builtin_documents, load_tokenizer, save_tokenizer, train_tokenizer
+from helpers import tiny_model
+from lessons import explore
+from train_gpt2 import load_model
+
+NODE = shutil.which("node")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_node = pytest.mark.skipif(not NODE, reason="node is not installed")
+needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed")
+
+# No two sizes alike, an odd vocabulary, and more rows than it has ids.
+SIZES = dict(block_size=23, vocab_size=384, n_layer=3, n_head=4, n_embd=24)
+N_VOCAB = 301
+LONG = "Return the list of the items of the list, and the items of the list of the list. " * 3
+TEXTS = ["", " ", "   two  spaces ", "It's we'll they'VE I'm", "1234567 0x7F ١٢٣", "naïve café, Ελληνικά, 日本語", "👩‍🚀🎉 ok",
+         "a\n\n\tb \r\n c\n", "tail  ", "\ufeffmark\u0085next\u00a0nbsp\u2028line", "<|endoftext|>", "</script><!--", LONG]
+
+DRIVER = """
+const html = require("fs").readFileSync(process.argv[1], "utf-8");
+const script = id => html.split(`id="${id}">`)[1].split("</script>")[0];
+const makeExplorer = new Function(script("engine") + "; return makeExplorer")();
+const explorer = makeExplorer(JSON.parse(script("model")), script("weights"));
+const answer = new Function("explorer", "given", process.argv[2])(explorer, JSON.parse(require("fs").readFileSync(0, "utf-8")));
+process.stdout.write(JSON.stringify(answer, (key, value) => ArrayBuffer.isView(value) ? Array.from(value) : value));
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(model, tokenizer, page): a tiny model, shaken, its weights rounded as the page's are."""
+    tokenizer = train_tokenizer((text for text, _ in zip(builtin_documents(), range(40))), N_VOCAB)
+    model = tiny_model(**SIZES).eval()
+    model.n_vocab = N_VOCAB
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p.half())
+    page = tmp_path_factory.mktemp("page") / "my-gpt2.html"
+    page.write_text(explore.make_page(model, tokenizer, "Return the list."), encoding="utf-8")
+    return model, tokenizer, page
+
+
+def node(page, body, given=None):
+    """What a function body returns under node, where `explorer` is the page's object and `given` our argument."""
+    done = subprocess.run([NODE, "-e", DRIVER, str(page), body], input=json.dumps(given), capture_output=True, text=True,
+                          timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@torch.no_grad()
+def reference(model, ids, off=()):
+    """Plain PyTorch: (logits (T, V), attention (L, nh, T, T), norms (L+1, T)), with parts switched off by hooks."""
+    attention, stream, hooks = [], [], []
+    nh, hs, T = model.config.n_head, model.config.n_embd // model.config.n_head, len(ids)
+
+    def look(module, inputs, qkv):
+        q, k, _ = (part.view(T, nh, hs).transpose(0, 1) for part in qkv[0].chunk(3, dim=-1))
+        scores = (q @ k.transpose(1, 2) / hs ** 0.5).masked_fill(~torch.ones(T, T).tril().bool(), -torch.inf)
+        attention.append(scores.softmax(-1))
+
+    for l, block in enumerate(model.transformer.h):
+        heads = torch.ones(nh, hs)
+        for name in off:
+            if name.startswith(f"{l}.") and not name.endswith("mlp"):
+                heads[int(name[2:])] = 0
+        hooks += [block.attn.c_attn.register_forward_hook(look),
+                  block.register_forward_pre_hook(lambda module, inputs: stream.append(inputs[0][0])),
+                  block.attn.c_proj.register_forward_pre_hook(lambda module, inputs, heads=heads: inputs[0] * heads.flatten())]
+        if f"{l}.mlp" in off:
+            hooks.append(block.mlp.register_forward_hook(lambda module, inputs, out: torch.zeros_like(out)))
+    hooks.append(model.transformer.ln_f.register_forward_pre_hook(lambda module, inputs: stream.append(inputs[0][0])))
+    try:
+        logits = model(torch.tensor([ids]))[0][0, :, :N_VOCAB]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return logits, torch.stack(attention), torch.stack(stream).norm(dim=-1)
+
+
+def close(ours, ref, atol=1e-3):
+    torch.testing.assert_close(torch.tensor(ours, dtype=torch.float32), ref, atol=atol, rtol=0)
+
+
+def square(attention):
+    """The page's triangular rows -> (L, nh, T, T)."""
+    return [[[row + [0.0] * (len(rows) - len(row)) for row in rows] for rows in layer] for layer in attention]
+
+
+# ---- the engine, under node
+
+@needs_node
+@pytest.mark.parametrize("off", [(), ("0.1", "2.3"), ("1.mlp", "1.0")])
+def test_logits_attention_and_norms_are_those_of_pytorch(made, off):
+    model, tokenizer, page = made
+    ids = tokenizer.encode_ordinary(LONG)[:SIZES["block_size"]]
+    ours = node(page, "return explorer.run(...given)", [ids, list(off)])
+    logits, attention, norms = reference(model, ids, off)
+    close(ours["logits"], logits)
+    close(square(ours["attention"]), attention, 1e-5)
+    close(ours["norms"], norms)
+    bits = -logits[:-1].double().log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0] / torch.tensor(2.0).double().log()
+    close(ours["bits"][1:], bits.float())
+    assert ours["ranks"][1:] == [1 + int((row > row[id]).sum()) for row, id in zip(logits, ids[1:])]
+
+
+@needs_node
+@pytest.mark.parametrize("kind", ["bpe", "bytes", "gpt2"])
+def test_ids_are_the_tokenizers_and_decode_leads_back(made, kind, request, tmp_path):
+    tokenizer = made[1] if kind == "bpe" else load_tokenizer("bytes") if kind == "bytes" else request.getfixturevalue("gpt2_tokenizer")
+    model = tiny_model(block_size=8, vocab_size=tokenizer.n_vocab, n_layer=1, n_head=2, n_embd=6)
+    page = tmp_path / "page.html"
+    page.write_text(explore.make_page(model, tokenizer), encoding="utf-8")
+    texts = TEXTS + ["\n\n".join(text for text, _ in zip(builtin_documents(), range(3)))]
+    ids, back = node(page, "const ids = given.map(explorer.encode); return [ids, ids.map(explorer.decode)]", texts)
+    assert ids == [tokenizer.encode_ordinary(text) for text in texts]
+    assert back == texts
+    half, eot = node(page, "return [explorer.decode(given), explorer.decode([explorer.eot])]", tokenizer.encode_ordinary("🎉")[:1])
+    assert (half, eot) == (tokenizer.decode(tokenizer.encode_ordinary("🎉")[:1]), "<|endoftext|>")
+
+
+@needs_node
+def test_a_long_text_is_cropped_from_the_left_as_generate_does(made):
+    model, tokenizer, page = made
+    ids = tokenizer.encode_ordinary(LONG)
+    assert len(ids) > SIZES["block_size"]
+    ours = node(page, "return explorer.run(given)", ids)
+    assert ours["ids"] == ids[-SIZES["block_size"]:]
+    close(ours["logits"], reference(model, ours["ids"])[0])
+
+
+@needs_node
+def test_what_is_remembered_equals_what_is_computed_anew_and_no_more_is_computed_than_needed(made):
+    """Typing, deleting, changing the middle, writing past the window, switches on and off: always as a fresh session."""
+    ids = made[1].encode_ordinary(LONG)
+    steps = [[ids[:n], []] for n in (3, 4, 5, 12, 11, 12)] + [[ids[:6] + ids[9:20], []], [ids[:6] + ids[9:21], ["2.1"]],
+             [ids[:6] + ids[9:21], ["2.1", "0.mlp"]], [ids[:6] + ids[9:20], ["0.mlp"]], [ids[:6] + ids[9:20], []]]
+    steps += [[ids[:n], []] for n in range(19, 27)] + [[[], []], [ids[:2], ["1.2"]]]
+    told = node(made[2], """const copy = run => JSON.stringify([run.logits.map(row => Array.from(row)), run.attention.map(layer =>
+        layer.map(rows => rows.map(row => Array.from(row)))), run.norms, run.bits.slice(1), run.ranks.slice(1)]);
+        return given.map(([ids, off]) => { const run = explorer.run(ids, off);
+          return [run.computed, copy(run) === copy(explorer.session().run(ids, off))]; })""", steps)
+    assert [same for _, same in told] == [True] * len(steps)
+    assert [computed for computed, _ in told] == [3, 1, 1, 7, 0, 1, 11, 18, 18, 17, 17, 13, 1, 1, 1, 1, 23, 23, 23, 0, 2]
+
+
+@needs_node
+def test_what_it_draws_from_is_what_generate_draws_from(made):
+    model, tokenizer, page = made
+    logits = reference(model, tokenizer.encode_ordinary("Return the"))[0][-1]
+    for temperature, top_k in (1.0, N_VOCAB), (0.7, 5), (1.6, 50):
+        kept = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
+        ours = node(page, "return explorer.distribution(explorer.run(explorer.encode(given[0])).logits.at(-1), given[1], given[2])",
+                    ["Return the", temperature, top_k])
+        close([p for _, p in ours], (kept / temperature).softmax(-1).sort(descending=True).values[:top_k], 1e-5)
+    greedy = node(page, "return explorer.distribution(explorer.run(explorer.encode(given)).logits.at(-1), 0, 50)", "Return the")
+    assert greedy == [[int(logits.argmax()), 1]]
+
+
+@needs_node
+def test_the_lens_and_the_habits_of_heads(made):
+    model, tokenizer, page = made
+    ids = tokenizer.encode_ordinary("Return the list")
+    lens = node(page, "explorer.run(given); return [0, 1, 2, 3].map(layer => explorer.lens(layer, 2))", ids)
+    stream = []
+    hooks = [block.register_forward_pre_hook(lambda module, inputs: stream.append(inputs[0][0, 2])) for block in model.transformer.h]
+    with torch.no_grad():
+        logits = model(torch.tensor([ids]))[0][0, 2]
+        early = [model.lm_head(model.transformer.ln_f(x)) for x in stream]
+    for hook in hooks:
+        hook.remove()
+    close(lens, torch.stack([*early, logits])[:, :N_VOCAB])
+    scores = node(page, "return explorer.headScores()")
+    n = len(scores["ids"]) // 2
+    assert scores["ids"][:n] == scores["ids"][n:] and len(set(scores["ids"])) == n == SIZES["block_size"] // 2
+    attention = reference(model, scores["ids"])[1]
+    close(scores["previous"], attention.diagonal(-1, 2, 3).mean(-1), 1e-5)
+    close(scores["induction"], torch.stack([attention[:, :, t, t - n + 1] for t in range(n, 2 * n)]).mean(0), 1e-5)
+
+
+# ---- the page's making
+
+def test_the_page_names_the_lines_that_do_it():
+    for name, (thing, words) in explore.CODE.items():
+        where = explore.lines_of(thing, words)
+        lines = (ROOT / where["file"]).read_text(encoding="utf-8").splitlines()[where["first"] - 1:where["last"]]
+        assert words in lines[0] if words else any(f" {thing.__name__}" in line for line in lines[:2]), name
+        assert [line.strip() for line in lines] == [line.strip() for line in where["source"].splitlines()], name
+
+
+def test_wrong_input_is_one_line_and_status_2(made, tmp_path, monkeypatch):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    done = subprocess.run([sys.executable, ROOT / "lessons" / "explore.py", empty], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and str(empty) in done.stderr
+    model, tokenizer, _ = made
+    monkeypatch.setattr(explore, "LARGEST", 1000)
+    with pytest.raises(UserError, match="weights would make a page of .* MB"):
+        explore.make_page(model, tokenizer)
+    monkeypatch.undo()
+    monkeypatch.setattr(explore.train_gpt2, "load_model", lambda source: (model, tokenizer))
+    (tmp_path / "file").write_text("")
+    with pytest.raises((UserError, OSError), match="file"):  # a place that cannot be written, root's rights or not
+        explore.main(["log", "--out", str(tmp_path / "file" / "page.html")])
+
+
+@pytest.mark.slow
+@needs_node
+def test_an_exported_folder_becomes_a_page(made, tmp_path):
+    model, tokenizer, _ = made
+    model.save_pretrained(tmp_path / "hf")
+    save_tokenizer(tokenizer, tmp_path / "hf")
+    page = explore.main([str(tmp_path / "hf"), "--out", str(tmp_path / "deep" / "page.html"), "--text", "Return"])
+    loaded, _ = load_model(str(tmp_path / "hf"))
+    ids = tokenizer.encode_ordinary("Return the list")
+    close(node(page, "return explorer.run(explorer.encode(given)).logits", "Return the list"), reference(loaded, ids)[0])
+
+
+# ---- the page in a browser
+
+class Browser:
+    """Chromium without a window, told what to do over its debugging pipe: JSON messages that end with a zero byte."""
+
+    def __init__(self, folder):
+        theirs_in, self.out = os.pipe()
+        self.inp, theirs_out = os.pipe()
+        command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", f"--user-data-dir={folder}",
+                   "--disable-dev-shm-usage", "--remote-debugging-pipe", "about:blank"]
+        shell = ["bash", "-c", f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}', "bash", *command]
+        self.process = subprocess.Popen(shell, pass_fds=(theirs_in, theirs_out), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        os.close(theirs_in), os.close(theirs_out)
+        self.buffer, self.number, self.session, self.errors = b"", 0, None, []
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in "Page", "Runtime", "Log":
+            self.send(f"{domain}.enable")
+
+    def send(self, method, **params):
+        self.number += 1
+        message = {"id": self.number, "method": method, "params": params} | ({"sessionId": self.session} if self.session else {})
+        os.write(self.out, json.dumps(message).encode() + b"\0")
+        while True:
+            while b"\0" not in self.buffer:
+                received = os.read(self.inp, 1 << 20)
+                assert received, "the browser has gone"
+                self.buffer += received
+            raw, _, self.buffer = self.buffer.partition(b"\0")
+            answer = json.loads(raw)
+            if answer.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
+                self.errors.append(answer["params"])
+            if answer.get("id") == self.number:
+                assert "error" not in answer, answer
+                return answer["result"]
+
+    def ask(self, expression):
+        result = self.send("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
+
+    def wait(self, expression):
+        for _ in range(600):
+            if self.ask(expression):
+                return
+            time.sleep(0.05)
+        pytest.fail(f"never came true: {expression}")
+
+    def open(self, page, view="", width=1400, height=1000):
+        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.send("Page.navigate", url="about:blank")  # a change of the hash alone would not load the page again
+        self.send("Page.navigate", url=page.as_uri() + view)
+        self.wait("document.readyState === 'complete' && window.explorer?.last !== undefined")
+
+    def close(self):
+        with contextlib.suppress(Exception):
+            self.send("Browser.close")
+        os.close(self.out), os.close(self.inp)
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    opened = Browser(tmp_path_factory.mktemp("chromium"))
+    yield opened
+    opened.close()
+
+
+def pixels(png):
+    """The different bytes of a PNG's rows: a blank picture has a handful."""
+    at, data = 8, b""
+    while at < len(png):
+        size, kind = struct.unpack(">I4s", png[at:at + 8])
+        data += png[at + 8:at + 8 + size] if kind == b"IDAT" else b""
+        at += size + 12
+    return set(zlib.decompress(data))
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_typing_drawing_and_switching(made, browser):
+    model, tokenizer, page = made
+    browser.open(page)
+    assert browser.ask("document.querySelector('#text').value") == "Return the list."
+    browser.ask("(() => { const t = document.querySelector('#text'); t.focus(); t.select(); })()")
+    browser.send("Input.insertText", text="Return the items")
+    ids = tokenizer.encode_ordinary("Return the items")
+    shown = "[...document.querySelectorAll('#tokens .token')].map(node => +node.dataset.id)"
+    assert browser.ask(shown) == ids
+    logits = reference(model, ids)[0][-1]
+    bars = browser.ask("[...document.querySelectorAll('.bar')].map(bar => [+bar.dataset.id, +bar.dataset.p])")
+    kept = logits.topk(50)
+    assert [id for id, _ in bars] == kept.indices[:20].tolist()
+    close([p for _, p in bars], kept.values.softmax(-1)[:20], 1e-4)
+    browser.ask("document.querySelector('#switches [data-part=\"1.2\"]').click()")
+    off = reference(model, ids, ("1.2",))[0][-1]
+    assert browser.ask("document.querySelector('.bar').dataset.id") == str(int(off.argmax()))
+    assert "now" in browser.ask("document.querySelector('#effect').textContent")
+    assert "off=1.2" in browser.ask("location.hash")
+    browser.ask("document.querySelector('.bar').click()")
+    assert browser.ask(shown) == ids + [int(off.argmax())]
+    browser.ask("document.querySelector('#write').click()")
+    browser.wait(f"document.querySelectorAll('#tokens .token').length > {len(ids) + 4} || document.querySelector('#wrote').textContent")
+    browser.ask("document.querySelector('#step').click()")
+    browser.ask("document.querySelector('#measure').click()")
+    assert browser.errors == []
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_the_address_restores_the_view_and_the_keyboard_moves_in_it(made, browser):
+    text = "the list, 日本 & the=items"
+    view = "#" + urllib.parse.urlencode(dict(text=text, layer=2, head=1, token=1, off="0.3,1.mlp,9.9", temperature=0.5, top_k=7))
+    browser.open(made[2], view)
+    ask = browser.ask
+    assert ask("document.querySelector('#text').value") == text
+    assert ask("document.querySelector('.head.here').id") == "head-2-1"
+    assert ask("document.querySelector('#tokens .here').dataset.t") == "1"
+    assert ask("[...document.querySelectorAll('[role=switch][aria-checked=false]')].map(node => node.dataset.part)") == ["0.3", "1.mlp"]
+    assert ask("[...document.querySelectorAll('.bar')].filter(bar => bar.dataset.p > 0).length") == 7
+    ask("document.querySelector('.head.here').focus()")
+    for key in "ArrowUp", "ArrowRight":
+        browser.send("Input.dispatchKeyEvent", type="keyDown", key=key)
+    ask("document.querySelector('#takes .here').focus()")
+    browser.send("Input.dispatchKeyEvent", type="keyDown", key="ArrowRight")
+    now = urllib.parse.parse_qs(ask("location.hash")[1:])
+    assert [now[name] for name in ("layer", "head", "token", "text", "off")] == [["1"], ["2"], ["2"], [text], ["0.3,1.mlp"]]
+    assert browser.errors == []
+
+
+@pytest.mark.slow
+@needs_chromium
+@pytest.mark.parametrize("width", [380, 1400])
+@pytest.mark.parametrize("text", ["", LONG])
+def test_it_is_readable_at_every_width(made, browser, width, text):
+    browser.open(made[2], "#" + urllib.parse.urlencode(dict(text=text)), width=width)
+    assert len(pixels(base64.b64decode(browser.send("Page.captureScreenshot")["data"]))) > 100
+    assert browser.ask("document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
+    assert browser.errors == []
