@@ -285,3 +285,220 @@ def byte_roads(rungs, title):
                     weight="bold" if on_it else "normal")
             y = low - 3
     show(fig, alt=f"{title} " + "; ".join(f"{name}: {rung}" for name, rung in rungs.items()))
+
+
+# ---- lesson 01
+
+def backward_graph(result, rows, title="How does the slope find its way back?"):
+    """The graph of an expression after backward(): what was computed, gray, left to right, and what came back, orange.
+
+    result: its last Value (it needs data, grad, name, parents, slopes). rows: {name: height}, 0 at the bottom.
+    """
+    depth, nodes = {}, []
+
+    def place(v):
+        if v not in depth:
+            depth[v] = 1 + max((place(parent) for parent in v.parents), default=-1)
+            nodes.append(v)
+        return depth[v]
+
+    place(result)
+    height = 13 * (max(rows.values()) + 1) + 10
+    fig, ax = canvas(104, height, title)
+    at = {v: (12 + 80 * depth[v] / depth[result], 10 + 13 * rows[v.name]) for v in nodes}
+    for v in nodes:
+        x, y = at[v]
+        box(ax, x, y, 17, 8.6, v.name, lit=v is result)
+        ax.texts[-1].set_y(y + 1.9)
+        ax.text(x - 0.5, y - 1.9, f"{v.data:g}", ha="right", va="center", size=11.5, zorder=5)
+        ax.text(x + 0.5, y - 1.9, f" grad {v.grad:g}", ha="left", va="center", size=11.5, color=RED, zorder=5)
+        ax.plot([x, x], [y - 3.2, y - 0.6], color=EDGE, lw=1, zorder=5)
+        for parent, slope in zip(v.parents, v.slopes):
+            (x0, y0), (x1, y1) = at[parent], (x, y)
+            start, end = (x0 + 8.7, y0 + (y1 - y0) * 0.1), (x1 - 8.7, y1 - (y1 - y0) * 0.14)
+            arrow(ax, (start[0], start[1] + 0.8), (end[0], end[1] + 0.8))
+            arrow(ax, (end[0], end[1] - 0.8), (start[0], start[1] - 0.8), color=RED)
+            ax.text((start[0] + end[0]) / 2, (start[1] + end[1]) / 2, f"times {slope:g}", ha="center", va="center",
+                    size=10.5, color=RED, zorder=6, bbox=dict(fc="white", ec="none", pad=1.5))
+    ax.text(52, 2.4, "gray: the numbers are computed, left to right.   red: gradients come back, each path multiplies "
+            "by its slope, and what meets is added", ha="center", va="center", size=10.5, color=QUIET)
+    show(fig, alt="The graph of the expression, with each number, its gradient, and the slope of each connection")
+
+
+# ---- lesson 10
+
+def ring_rounds(vectors):
+    """An all-reduce as a ring, round by round: [(what happens, the vectors after it)], the start first.
+
+    Process r hands its chunk to process r + 1. In the first W - 1 rounds what arrives is added, in the last W - 1 it
+    replaces what was there.
+    """
+    W, rounds = len(vectors), [("start", [list(v) for v in vectors])]
+    for k in range(2 * W - 2):
+        now = [list(v) for v in rounds[-1][1]]
+        for r in range(W):
+            chunk, to = ((r - k) if k < W - 1 else (r + 1 - (k - W + 1))) % W, (r + 1) % W
+            sent = rounds[-1][1][r][chunk]
+            now[to][chunk] = sent + now[to][chunk] if k < W - 1 else sent
+        rounds.append((f"round {k + 1}: " + ("add" if k < W - 1 else "pass on"), now))
+    return rounds
+
+
+def ring(vectors):
+    """Four processes in a ring with four numbers each, and the six rounds after which all hold the sums."""
+    rounds = ring_rounds(vectors)
+    total = [sum(column) for column in zip(*vectors)]
+    fig, ax = canvas(112, 70, "How do four processes get the sum, if each talks to its neighbor only?")
+    places = [(33, 60.5), (79, 60.5), (79, 46), (33, 46)]
+    tints = [BLUE, ORANGE, GREEN, VIOLET]
+    for r, (x, y) in enumerate(places):
+        ax.add_patch(FancyBboxPatch((x - 14, y - 5), 28, 10, boxstyle="round,pad=0,rounding_size=1.2", fc=PALE, ec=tints[r],
+                                    lw=2, zorder=3))
+        ax.text(x, y + 2.6, f"process {r}", ha="center", va="center", size=12, zorder=4)
+        for c, number in enumerate(vectors[r]):
+            lit = c == r
+            ax.add_patch(FancyBboxPatch((x - 12.4 + 6.4 * c, y - 4), 5.6, 4.4, boxstyle="round,pad=0,rounding_size=0.5",
+                                        fc=LIT if lit else "white", ec=LIT_EDGE if lit else EDGE, lw=1.2, zorder=4))
+            ax.text(x - 9.6 + 6.4 * c, y - 1.8, number, ha="center", va="center", size=11, zorder=5,
+                    weight="bold" if lit else "normal")
+    for r, (start, end, offset) in enumerate((((48, 60.5), (64, 60.5), (0, 1.6)), ((79, 55), (79, 51.5), (6.6, 0)),
+                                              ((64, 46), (48, 46), (0, -1.8)), ((33, 51.5), (33, 55), (-6.6, 0)))):
+        arrow(ax, start, end, f"sends {vectors[r][r]}", color=LIT_EDGE, lw=2.4, offset=offset, size=11, head=18)
+    ax.text(56, 53.2, "round 1", ha="center", va="center", size=12, color=QUIET)
+    for i, (caption, state) in enumerate(rounds):  # below, a table for each round: a row is a process
+        left, top = 1.5 + 28 * (i % 4), 37 - 19.6 * (i // 4)
+        ax.text(left + 12.6, top + 1.8, caption, ha="center", va="center", size=11)
+        for r, row in enumerate(state):
+            for c, number in enumerate(row):
+                done, moved = number == total[c], i > 0 and number != rounds[i - 1][1][r][c]
+                ax.add_patch(FancyBboxPatch((left + 6.3 * c, top - 3.7 * (r + 1)), 6.2, 3.5, boxstyle="square,pad=0",
+                                            fc=LIT if done else "#e3ecf5" if moved else "white",
+                                            ec=LIT_EDGE if moved else EDGE, lw=1.8 if moved else 0.8,
+                                            zorder=4 if moved else 3))
+                ax.text(left + 6.3 * c + 3.1, top - 3.7 * (r + 1) + 1.65, number, ha="center", va="center", size=11,
+                        weight="bold" if done else "normal", zorder=5)
+    ax.text(86, 9, "A row is a process.\nOrange frame: has just arrived.\nYellow: all four are in it.\n\n"
+            "Each process has sent 6 numbers.\nWith its 4 numbers to each of the\n3 others it would have been 12.",
+            ha="left", va="center", size=10, color=QUIET, linespacing=1.3)
+    show(fig, alt="A ring of four processes with four numbers each; three rounds of adding and three of passing on, after "
+                  f"which each holds {total}")
+
+
+# ---- lesson 11
+
+def data_flow():
+    """From documents to shards, to windows, to one shuffled order, to the rows of a step and the processes."""
+    from numpy.random import default_rng
+    fig, ax = canvas(112, 76, "How does a pile of texts become the batch of step 1?")
+    tints = ["#cfe0f1", "#f8dcc0", "#d5ead9"]
+    documents = [("the cat sat", 11), ("dogs ran", 8), ("why not, said the owl", 21)]
+
+    def label(y, name, note):
+        ax.text(1, y + 1.2, name, ha="left", va="center", size=12, weight="bold")
+        ax.text(1, y - 1.8, note, ha="left", va="center", size=9.5, color=QUIET, linespacing=1.25)
+
+    def square(x, y, w, h, color, text="", edge="white", size=9, lw=0.8, weight="normal"):
+        ax.add_patch(FancyBboxPatch((x, y), w, h, boxstyle="square,pad=0", fc=color, ec=edge, lw=lw, zorder=3))
+        ax.text(x + w / 2, y + h / 2 - 0.1, text, ha="center", va="center", size=size, zorder=4, weight=weight)
+
+    label(66, "documents", "read one by one")
+    x = 19
+    for (text, n), tint in zip(documents, tints):
+        w = 9 + 1.2 * n
+        box(ax, x + w / 2, 66, w, 5.4, text, color=tint, size=12)
+        x += w + 4
+    label(54.5, "a row of ids", "a mark in front\nof each document")
+    unit, row = 2.05, []
+    for (text, n), tint in zip(documents, tints):
+        for i in range(n + 1):
+            row.append((i == 0, tint, "|" if i == 0 else text[i - 1]))
+    for i, (mark, tint, letter) in enumerate(row):
+        square(19 + unit * i, 53, unit, 4, INK if mark else tint, "" if mark else letter, size=10)
+    arrow(ax, (60, 62.6), (60, 58.2), "tokenize", offset=(1, 0), ha="left")
+    label(43.5, "shards", "files of 16 ids; for\nFineWeb 100 million")
+    x, at = 19, 0
+    for length in (16, 16, 11):
+        for i, (mark, tint, letter) in enumerate(row[at:at + length]):
+            square(x + unit * i, 42, unit, 4, INK if mark else tint, "" if mark else letter, size=10)
+        ax.add_patch(FancyBboxPatch((x, 42), unit * length, 4, boxstyle="square,pad=0", fc="none", ec=INK, lw=1.6, zorder=5))
+        x, at = x + unit * length + 1.4, at + length
+    arrow(ax, (60, 52.2), (60, 47.2), "cut, wherever it falls", offset=(1, 0), ha="left")
+    label(31.5, "windows", "T = 4 inputs each,\nand one id more")
+    x, number, at = 19, 0, 0
+    for length in (16, 16, 11):
+        for w in range((length - 1) // 4):
+            left = x + unit * 4 * w
+            for i, (mark, tint, letter) in enumerate(row[at + 4 * w:at + 4 * w + 4]):
+                square(left + unit * i, 30, unit, 4, INK if mark else tint, "" if mark else letter, size=10)
+            ax.add_patch(FancyBboxPatch((left, 30), 4 * unit, 4, boxstyle="square,pad=0", fc="none", ec=INK, lw=1.6, zorder=5))
+            ax.text(left + 2 * unit, 28.3, number, ha="center", va="center", size=11, weight="bold")
+            number += 1
+        left = x + unit * 4 * ((length - 1) // 4)
+        over = length - 4 * ((length - 1) // 4)
+        for i, (mark, tint, letter) in enumerate(row[at + length - over:at + length]):
+            square(left + unit * i, 30, unit, 4, "#f0f0f0", "" if mark else letter, size=10)
+        x, at = x + unit * length + 1.4, at + length
+    ax.text(110.5, 25.6, "gray: never an input", ha="right", va="center", size=9.5, color=QUIET)
+    arrow(ax, (60, 41.2), (60, 35.2), "cut again, and number", offset=(1, 0), ha="left")
+    order = default_rng([1337, 0]).permutation(number).tolist()
+    label(19, "one order", "drawn from\n(seed, epoch)")
+    arrow(ax, (60, 27), (60, 22.6), "shuffle the numbers", offset=(1, 0), ha="left")
+    for i, window in enumerate(order):
+        square(31 + 7 * i, 17.4, 6, 4, "white", str(window), edge=INK, size=12, lw=1.2, weight="bold")
+    label(6.5, "steps, ranks", "4 windows a step,\n2 for each process")
+    for step in range(len(order) // 4):
+        left = 31 + 28 * step
+        ax.plot([left, left, left + 27, left + 27], [16.4, 15.6, 15.6, 16.4], color=GRAY, lw=1.4)
+        ax.text(left + 13.5, 13.6, f"step {step}", ha="center", va="center", size=11)
+        for rank, color in enumerate((BLUE, ORANGE)):
+            windows = order[4 * step + 2 * rank:4 * step + 2 * rank + 2]
+            ax.add_patch(FancyBboxPatch((left + 14 * rank, 4.6), 13, 6.4, boxstyle="round,pad=0,rounding_size=0.9", fc=PALE,
+                                        ec=color, lw=2.2, zorder=3))
+            ax.text(left + 14 * rank + 6.5, 9.2, f"process {rank}", ha="center", va="center", size=10.5, zorder=4)
+            ax.text(left + 14 * rank + 6.5, 6.5, "   ".join(map(str, windows)), ha="center", va="center", size=12,
+                    weight="bold", zorder=4)
+            arrow(ax, (left + 13.5, 12.6), (left + 14 * rank + 6.5, 11.2), color=color, lw=1.4, head=9)
+    rest = order[len(order) // 4 * 4:]
+    if rest:
+        ax.text(31 + 28 * (len(order) // 4) + 3.5 * len(rest), 13.6, "left over\nthis epoch", ha="center", va="center",
+                size=9.5, color=QUIET)
+    show(fig, alt="Three documents, the row of their ids with a mark before each, shards of 16 ids, windows of 4, their "
+                  "shuffled numbers, and which process reads which of them in steps 0 and 1")
+
+
+# ---- lesson 12
+
+def log_anatomy(log, levels, warmup):
+    """A log {stream: {step: value}}, its parts named. levels: {name: loss} of simpler models; warmup: in steps."""
+    fig, (top, bottom) = plt.subplots(2, 1, figsize=(10, 7), sharex=True, height_ratios=[2, 1])
+    train, val = log["train"], log["val"]
+    end, first = max(train), val[min(val)]
+    top.plot(list(train), list(train.values()), lw=1, color=BLUE, label="train: one batch a point, so it jitters")
+    top.plot(list(val), list(val.values()), "o-", color=ORANGE, label="val: the same text each time")
+    for name, level in levels.items():
+        top.axhline(level, color=GRAY, ls=":", lw=1.2)
+        top.text(end, level + 0.04, name, ha="right", va="bottom", size=10.5, color=QUIET)
+
+    def point(ax, text, xy, at):
+        ax.annotate(text, xy, at, size=10.5, va="center", color=INK,
+                    arrowprops=dict(arrowstyle="-|>", color=LIT_EDGE, lw=1.6),
+                    bbox=dict(boxstyle="round,pad=0.4", fc=LIT, ec="none"))
+
+    kink = next((step for step, loss in train.items() if loss < levels["frequencies"]), end)
+    point(top, f"step 0, {first:.2f}: as good as a blind guess", (0, first), (0.12 * end, first + 0.28))
+    point(top, f"step {kink}: knows which ids are common", (kink, train[kink]), (0.25 * end, train[kink] + 0.25))
+    last = list(val)[-2:]
+    point(top, f"from step {last[0]} to {last[1]}: {val[last[0]] - val[last[1]]:.3f} nats", (last[1], val[last[1]]),
+          (0.62 * end, val[last[1]] + 0.95))
+    top.set(ylabel="loss, nats a token", ylim=(min(min(train.values()), *levels.values()) - 0.3, first + 0.6),
+            title="What has the model understood so far?")
+    top.legend(loc="lower left")
+    rate, norm = log["lr"], log["norm"]
+    bottom.plot(list(norm), list(norm.values()), lw=1, color=VIOLET, label="norm of the gradient")
+    bottom.plot(list(rate), [value / max(rate.values()) for value in rate.values()], color=GREEN,
+                label=f"learning rate (1 is {max(rate.values()):g})")
+    bottom.axhline(1.0, color=RED, ls=":", lw=1.2)
+    point(bottom, f"warm-up ends: step {warmup}", (warmup, 1), (0.12 * end, 2.6))
+    bottom.set(xlabel="step", ylim=(0, max(3.2, 1.1 * max(norm.values()))), title="Are the steps of a sane size?")
+    bottom.legend(loc="upper right")
+    show(fig, alt="A log with its parts named: losses above, norm and learning rate below")
