@@ -20,7 +20,7 @@ import fineweb  # noqa: E402
 import train_gpt2  # noqa: E402
 from fineweb import Parser, UserError, read_json, tokenizer_to_json, write_file  # noqa: E402
 
-LARGEST = 150e6  # bytes: a browser holds the page, its decoded weights and their float32 copy, 3.5 times as much
+LARGEST = 150e6  # bytes: a browser holds the page, its decoded weights and their float32 copy at the same time
 TEXT = "Return the number of items in the list. If the list is empty, return the"
 ABOUT = {"builtin": "It learned from the documentation that every Python carries, so it knows little else.",
          "tinystories": "It learned from short stories for children, so it knows little else.",
