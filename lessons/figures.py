@@ -325,6 +325,25 @@ def backward_graph(result, rows, title="How does the slope find its way back?"):
     show(fig, alt="The graph of the expression, with each number, its gradient, and the slope of each connection")
 
 
+# ---- lesson 09
+
+def valley(paths):
+    """The valley f(a, b) = (50 a^2 + b^2) / 2 from above, a panel for each path. paths: {name: (all a, all b)}."""
+    import torch
+    a, b = torch.meshgrid(torch.linspace(-1.05, 1.05, 120), torch.linspace(-0.7, 2.9, 120), indexing="ij")
+    fig, axes = plt.subplots(len(paths), 1, figsize=(10, 2.4 * len(paths)), sharex=True, sharey=True)
+    for ax, (name, (across, along)), color in zip(axes, paths.items(), (BLUE, GREEN, ORANGE)):
+        ax.contourf(b, a, (50 * a ** 2 + b ** 2) / 2, levels=[0, 0.1, 0.5, 1.5, 3, 6, 10, 15, 21, 30], cmap="Greys", alpha=0.5)
+        ax.plot(along, across, "o-", color=color, ms=3.5, lw=1.4, label=name)
+        ax.plot(along[0], across[0], "o", color=INK, ms=7)
+        ax.plot(0, 0, "*", color=RED, ms=13)
+        ax.set(ylabel="a (steep)", ylim=(-1.05, 1.05))
+        ax.legend(loc="upper left", handlelength=1.2, frameon=True, framealpha=0.9, edgecolor="none")
+    axes[0].set_title("Which road does each optimizer take to the star?")
+    axes[-1].set_xlabel("b (flat)")
+    show(fig, alt="A narrow valley seen from above and the paths of: " + ", ".join(paths))
+
+
 # ---- lesson 10
 
 def ring_rounds(vectors):
@@ -502,3 +521,96 @@ def log_anatomy(log, levels, warmup):
     bottom.set(xlabel="step", ylim=(0, max(3.2, 1.1 * max(norm.values()))), title="Are the steps of a sane size?")
     bottom.legend(loc="upper right")
     show(fig, alt="A log with its parts named: losses above, norm and learning rate below")
+
+
+# ---- lesson 13
+
+def circles(matrices, labels):
+    """What each 2 x 2 matrix makes of the unit circle and of two marked points on it."""
+    import torch
+    angle = torch.linspace(0, 2 * torch.pi, 200)
+    circle = torch.stack([angle.cos(), angle.sin()])
+    fig, axes = plt.subplots(1, len(matrices), figsize=(10, 3.7))
+    for ax, matrix, label in zip(axes, matrices, labels):
+        ax.plot(*circle, color=EDGE, lw=1.2)
+        ax.plot(*(matrix @ circle), color=INK, lw=2)
+        U, S, Vt = torch.linalg.svd(matrix)
+        for i, color in enumerate((BLUE, ORANGE)):
+            start, end = Vt[i], matrix @ Vt[i]
+            ax.plot(*start, "o", mfc="white", mec=color, ms=8, zorder=5)
+            ax.annotate("", end, (0, 0), arrowprops=dict(arrowstyle="-|>", color=color, lw=2.4, mutation_scale=16))
+            ax.annotate(f"{S[i]:.2f}", 1.16 * end + 0.12 * end / end.norm(), ha="center", va="center", color=color, size=12)
+        ax.set(xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), aspect="equal", xticks=[], yticks=[], title=label)
+        ax.spines[:].set_visible(False)
+    fig.suptitle("What does an update do to a circle?", size=13)
+    show(fig, alt="A unit circle under each matrix, with its two singular directions and values: " + ", ".join(labels))
+
+
+# ---- lesson 14
+
+def head_grid(values, title, form="{:.2f}"):
+    """A number for each head, (L, nh), as a table whose cells are the darker the larger they are."""
+    L, nh = values.shape
+    fig, ax = plt.subplots(figsize=(max(8, 0.8 * nh), 0.9 + 0.6 * L))
+    limit = values.abs().max()
+    ax.imshow(values, vmin=0, vmax=limit, aspect="auto")
+    for layer in range(L):
+        for head in range(nh):
+            value = values[layer, head]
+            ax.text(head, layer, form.format(value), ha="center", va="center", size=11 if nh > 8 else 13,
+                    color="white" if value > 0.6 * limit else INK)
+    ax.set(xticks=range(nh), yticks=range(L), xticklabels=[f"head {i}" if nh < 9 else i for i in range(nh)],
+           yticklabels=[f"layer {i}" for i in range(L)], title=title)
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    show(fig, alt=title)
+
+
+def attention_maps(maps, tokens, names, title):
+    """Square maps of weights, (n, T, T), side by side: a row looks, a column is looked at."""
+    fig, axes = plt.subplots(1, len(maps), figsize=(10, 10 / len(maps) + 0.4))
+    for ax, weights, name in zip(axes, maps, names):
+        ax.imshow(weights, vmin=0, vmax=1)
+        ax.set_xticks(range(len(tokens)), tokens, family="monospace")
+        ax.set_yticks(range(len(tokens)), tokens, family="monospace")
+        ax.set(xlabel="is looked at", ylabel="looks")
+        ax.set_title(name, size=12)
+        ax.spines[:].set_visible(False)
+        ax.tick_params(length=0)
+    fig.suptitle(title, size=13)
+    show(fig, alt=f"{title} {', '.join(names)}")
+
+
+def arcs(tokens, looks, title):
+    """A line of tokens, and where heads look from some of them. looks: [(position, weights over positions, name)]."""
+    fig, ax = canvas(112, 14 + 12 * len(looks), title)
+    gap = 104 / len(tokens)
+    for row, (at, weights, name) in enumerate(looks):
+        y = 12 * (len(looks) - row) - 8
+        for i, token in enumerate(tokens):
+            ax.text(4 + gap * (i + 0.5), y, token.replace(" ", "\u2423"), ha="center", va="center", family="monospace", size=12.5,
+                    weight="bold" if i == at else "normal", color=INK if i <= at else EDGE)
+        for i in range(at + 1):
+            if weights[i] > 0.05:
+                arrow(ax, (4 + gap * (at + 0.5), y + 1.6), (4 + gap * (i + 0.5), y + 1.6), color=(BLUE, ORANGE)[row % 2],
+                      lw=0.6 + 5 * float(weights[i]), bend=0.9 if at - i < 3 else 0.12, head=12)
+        ax.text(2, y + 6.6, name, ha="left", va="center", size=11, color=(BLUE, ORANGE)[row % 2])
+    show(fig, alt=f"{title} {', '.join(name for _, _, name in looks)}")
+
+
+def lens_table(tokens, rows, title):
+    """The best guess at each position after each layer, the darker the likelier was what really came.
+
+    rows: [(name, guesses, probabilities of the right token)], the last layer first.
+    """
+    fig, ax = plt.subplots(figsize=(10.5, 1.3 + 0.52 * len(rows)))
+    ax.imshow([chances for _, _, chances in rows], vmin=0, vmax=1, aspect="auto")
+    for y, (_, guesses, chances) in enumerate(rows):
+        for x, (guess, chance) in enumerate(zip(guesses, chances)):
+            ax.text(x, y, guess, ha="center", va="center", family="monospace", size=12, color="white" if chance > 0.55 else INK)
+    ax.set_xticks(range(len(tokens)), tokens, family="monospace", size=12)
+    ax.set_yticks(range(len(rows)), [name for name, _, _ in rows])
+    ax.set(xlabel="the text it has read up to here", title=title)
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    show(fig, alt=title)
