@@ -28,25 +28,22 @@ def ex01_1(x, dim=-1):
 
 
 def check_ex01_2(answer):
-    generator = torch.Generator().manual_seed(2)
-    B, T, C = 3, 4, 10
-    x, dout = (3 * torch.randn(B, T, C, dtype=torch.float64, generator=generator) + 1 for _ in range(2))
-    weight, bias = (torch.randn(C, dtype=torch.float64, generator=generator) for _ in range(2))
-    x[0, 0] *= 1e-3  # a vector this small is where eps counts
-    leaves = [t.requires_grad_() for t in (x, weight, bias)]
-    F.layer_norm(x, (C,), weight, bias, eps=1e-5).backward(dout)
-    got = answer(dout.detach(), x.detach(), weight.detach())
-    for name, ours, leaf in zip(("dx", "dweight", "dbias"), got, leaves, strict=True):
-        assert ours.shape == leaf.shape, f"{name} has the shape {tuple(ours.shape)}, not {tuple(leaf.shape)}"
-        torch.testing.assert_close(ours, leaf.grad, atol=1e-9, rtol=1e-9, msg=lambda m: f"{name}: {m}")
+    class Value:
+        def __init__(self, data, parents=(), slopes=(), name=""):
+            self.data, self.parents, self.slopes, self.grad = data, parents, slopes, 0.0
+
+    for number in (-2.0, 0.0, 0.3, 1000.0):
+        x, leaf = Value(number), torch.tensor(number, dtype=torch.float64, requires_grad=True)
+        out, want = answer(x, Value), torch.tanh(leaf)
+        want.backward()
+        assert abs(out.data - want.item()) < 1e-12, f"tanh({number:g}) is {want.item()}, not {out.data}"
+        assert list(out.parents) == [x] and len(out.slopes) == 1, "it has one parent, x, and one slope"
+        assert abs(out.slopes[0] - leaf.grad.item()) < 1e-12, f"the slope at {number:g} is {leaf.grad.item()}"
 
 
-def ex01_2(dout, x, weight):
-    root = (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
-    n = (x - x.mean(-1, keepdim=True)) / root
-    dn = dout * weight
-    dx = (dn - dn.mean(-1, keepdim=True) - n * (dn * n).mean(-1, keepdim=True)) / root
-    return dx, (dout * n).sum((0, 1)), dout.sum((0, 1))
+def ex01_2(x, Value):
+    t = math.tanh(x.data)
+    return Value(t, (x,), (1 - t * t,))
 
 
 def check_ex01_3(answer):
@@ -252,6 +249,28 @@ def check_ex04_3(answer):
 
 def ex04_3(Wq, Wk, Wv):
     return torch.cat([*Wq, *Wk, *Wv])
+
+
+def check_ex04_4(answer):
+    generator = torch.Generator().manual_seed(2)
+    B, T, C = 3, 4, 10
+    x, dout = (3 * torch.randn(B, T, C, dtype=torch.float64, generator=generator) + 1 for _ in range(2))
+    weight, bias = (torch.randn(C, dtype=torch.float64, generator=generator) for _ in range(2))
+    x[0, 0] *= 1e-3  # a vector this small is where eps counts
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    F.layer_norm(x, (C,), weight, bias, eps=1e-5).backward(dout)
+    got = answer(dout.detach(), x.detach(), weight.detach())
+    for name, ours, leaf in zip(("dx", "dweight", "dbias"), got, leaves, strict=True):
+        assert ours.shape == leaf.shape, f"{name} has the shape {tuple(ours.shape)}, not {tuple(leaf.shape)}"
+        torch.testing.assert_close(ours, leaf.grad, atol=1e-9, rtol=1e-9, msg=lambda m: f"{name}: {m}")
+
+
+def ex04_4(dout, x, weight):
+    root = (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    n = (x - x.mean(-1, keepdim=True)) / root
+    dn = dout * weight
+    dx = (dn - dn.mean(-1, keepdim=True) - n * (dn * n).mean(-1, keepdim=True)) / root
+    return dx, (dout * n).sum((0, 1)), dout.sum((0, 1))
 
 
 # ---- 05 tokenizer
@@ -784,7 +803,13 @@ def check_ex11_3(answer):
     document = (ids == eot).cumsum(1)
     mask = ((document[:, :, None] == document[:, None, :]) & torch.ones(12, 12, dtype=torch.bool).tril())[:, None]
     with torch.no_grad():
-        together = model.hidden(ids, pos=pos, mask=mask)[0, 3:8]
+        stream = model.transformer.wte(ids) + model.transformer.wpe(pos)
+        for block in model.transformer.h:
+            q, k, v = (z.view(2, 12, 2, 4).transpose(1, 2) for z in block.attn.c_attn(block.ln_1(stream)).split(8, 2))
+            heard = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            stream = stream + block.attn.c_proj(heard.transpose(1, 2).reshape(2, 12, 8))
+            stream = stream + block.mlp(block.ln_2(stream))
+        together = model.transformer.ln_f(stream)[0, 3:8]
         alone = model.hidden(ids[:1, 3:8])[0]
     assert torch.allclose(together, alone, atol=1e-6), "a document in a window differs from the document alone"
 
