@@ -328,7 +328,7 @@ def is_conv1d(name):
 class Corpus:
     """One split, "train" or "val", of a folder of shards. A window is block_size inputs plus one id, the last target.
 
-    UserError if there are no shards, one is damaged, or an id is not below vocab_size.
+    UserError if there are no shards, one is damaged, all are too short, or an id is not below vocab_size.
     """
 
     def __init__(self, data_dir, split, block_size, vocab_size):
@@ -339,6 +339,8 @@ class Corpus:
         counts = [max(0, len(ids) - 1) // block_size for ids in self.shards]
         self.first = np.cumsum([0, *counts])  # number of the first window of each shard
         self.n_windows = int(self.first[-1])
+        if self.n_windows == 0:
+            raise UserError(f"the {split} split of {data_dir} is shorter than --block_size {block_size} + 1: use more text")
         for number, count in zip(self.first, counts):  # a wrong vocabulary shows here, not after an hour
             self.windows(range(number, number + min(count, 16)))
 
@@ -645,7 +647,7 @@ def train(cfg):
     raw_model, checkpoint = first_model(cfg, meta, world)
     train_data = Corpus(cfg.data_dir, "train", cfg.block_size, cfg.vocab_size)
     val_data = Corpus(cfg.data_dir, "val", cfg.block_size, cfg.vocab_size)
-    check_sizes(cfg, meta, train_data, val_data, world)
+    check_sizes(cfg, meta, train_data, world)
     tokenizer = find_tokenizer(cfg, world)  # for samples and HellaSwag; training itself reads ids
     questions = find_hellaswag(cfg, world) if tokenizer and 0 < cfg.hellaswag_every <= cfg.max_steps else None
     # what the weights are good for: it goes into every checkpoint
@@ -1076,7 +1078,7 @@ def restore(checkpoint, model, optimizers, data, tokenizer, cfg, world):
     if differences:
         raise UserError(f"--resume: the run in {cfg.log_dir} has other settings ({', '.join(differences)}): give it "
                         "its own, or start a new one in another --log_dir")
-    load_weights(model, checkpoint, cfg.log_dir)
+    model.load_state_dict(checkpoint["model"])
     for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
         for group, saved in zip(optimizer.param_groups, state["param_groups"]):
             # the averages are the checkpoint's, the settings those of cfg
@@ -1087,13 +1089,6 @@ def restore(checkpoint, model, optimizers, data, tokenizer, cfg, world):
     if world.any(world.sum(torch.tensor(float(checkpoint["step"]))).item() != checkpoint["step"] * world.size):
         raise UserError(f"--log_dir {cfg.log_dir} holds other checkpoints on other machines: use a folder they share")
     return checkpoint["step"]
-
-
-def load_weights(model, checkpoint, source):
-    try:
-        model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
-        raise UserError(f"{source}: its weights don't have the names and shapes of this model") from error
 
 
 # ------------------------------------------------------------------- 11. the command line and the other actions
@@ -1133,7 +1128,7 @@ def read_model(source):
     if checkpoint is None:
         return GPT.from_pretrained(source), None
     model = GPT(model_config(checkpoint["config"]))
-    load_weights(model, checkpoint, source)
+    model.load_state_dict(checkpoint["model"])
     model.n_vocab, model.eot = checkpoint["data"]["n_vocab"], checkpoint["data"]["eot"]
     return model, checkpoint
 
@@ -1244,23 +1239,20 @@ def score_hellaswag(model, questions, tokenizer, world):
     return score
 
 
-def check_sizes(cfg, meta, train, val, world):
+def check_sizes(cfg, meta, train, world):
     """UserError where a step can't be cut into equal parts, or the data does not suffice."""
     part = cfg.block_size * world.size * (1 if cfg.micro_batch_size == "auto" else cfg.micro_batch_size)
     most = train.n_windows * cfg.block_size // part * part
     if cfg.total_batch_size % part:
-        nearest = max(1, round(cfg.total_batch_size / part)) * part
         raise UserError(f"--total_batch_size {cfg.total_batch_size} is not a multiple of {part}, the product of "
-                        f"micro_batch_size, block_size and processes: use {nearest}")
+                        "micro_batch_size, block_size and processes: use "
+                        f"{max(1, round(cfg.total_batch_size / part)) * part}")
     if meta["vocab_size"] > cfg.vocab_size:
         raise UserError(f"{cfg.data_dir} has a vocabulary of {meta['vocab_size']} ids ({meta['tokenizer']}), the model "
                         f"one of {cfg.vocab_size}: leave --vocab_size out, or use other data")
     if cfg.total_batch_size > most:
-        raise UserError(f"{cfg.data_dir} has {train.n_tokens} train tokens, less than a step of "
-                        f"{cfg.total_batch_size}: use more text, or " +
-                        (f"--total_batch_size {most}" if most else "a smaller --block_size"))
-    if val.n_windows == 0:
-        raise UserError(f"the val split of {cfg.data_dir} is shorter than --block_size {cfg.block_size}: use more text")
+        raise UserError(f"{cfg.data_dir} has {train.n_tokens} train tokens, less than a step of {cfg.total_batch_size}: "
+                        "use more text, or " + (f"--total_batch_size {most}" if most else "a smaller --block_size"))
 
 
 # ---- what a run says of itself
@@ -1279,32 +1271,22 @@ def describe_loss(loss, tokens, cfg, meta):
 def describe_run(model, train, val, start, B, cfg, meta, world):
     """What is about to happen, in five lines."""
     T, rows = cfg.block_size, cfg.total_batch_size // cfg.block_size
-    steps_per_epoch = train.n_windows // rows
-    scored = min(max(1, cfg.val_tokens // T), val.n_windows) * T
+    epoch = train.n_windows // rows  # steps
     world.print(f"model: {model.num_params():,} parameters, {cfg.vocab_size:,} rows in the vocabulary\n"
-                f"data: {cfg.data_dir} ({meta['tokenizer']}), {train.n_tokens:,} train tokens, of which an epoch "
-                f"reads {steps_per_epoch * rows * T:,} in {steps_per_epoch:,} steps\n"
-                f"val: {scored:,} of {val.n_tokens:,} tokens\n"
+                f"data: {cfg.data_dir} ({meta['tokenizer']}), {train.n_tokens:,} train tokens, of which an epoch reads "
+                f"{epoch * rows * T:,} in {epoch:,} steps\n"
+                f"val: {min(max(1, cfg.val_tokens // T), val.n_windows) * T:,} of {val.n_tokens:,} tokens\n"
                 f"batch: {cfg.total_batch_size:,} tokens = {B} rows x {T} tokens x "
                 f"{rows // B // world.size} accumulated x {world.size} processes\n"
-                f"steps: {start} to {cfg.max_steps}, {cfg.max_steps / steps_per_epoch:.2f} epochs; "
-                f"log and checkpoints go to {cfg.log_dir}")
-    if cfg.warmup_steps >= cfg.max_steps:
-        world.print(f"note: the run ends within its {cfg.warmup_steps} steps of warm-up and never reaches max_lr")
-    if cfg.resume and start == 0:
-        world.print(f"--resume: {cfg.log_dir} has no checkpoint yet, so this is the start")
+                f"steps: {start} to {cfg.max_steps}, {cfg.max_steps / epoch:.2f} epochs"
+                + ", all within the warm-up" * (cfg.warmup_steps >= cfg.max_steps)
+                + f"; log and checkpoints go to {cfg.log_dir}")
 
 
 # Peak dense 16-bit FLOP/s, from the makers' data sheets; whole words of the name that the driver gives.
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
               "RTX PRO 6000 Blackwell": 503.8e12, "RTX 6000 Ada": 364e12, "RTX A6000": 154.8e12, "RTX 5090": 209.5e12,
               "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12}
-
-
-def peak_flops(gpu):
-    """The peak of a GPU by its name; None for one that is not listed, and for laptop and other variants of one."""
-    return next((flops for name, flops in PEAK_FLOPS.items()
-                 if re.search(rf"\b{name}\b(?! (Ti|SUPER|D|Laptop))", gpu)), None)
 
 
 def describe_step(step, loss, lr, norm, seconds, model, cfg, world):
@@ -1315,8 +1297,10 @@ def describe_step(step, loss, lr, norm, seconds, model, cfg, world):
     # The median of the last steps: the first one, in which the model is compiled, would spoil a mean.
     recent = sorted(seconds[-21:])
     left = int((cfg.max_steps - step - 1) * recent[len(recent) // 2])
-    tok_s, peak, mfu = cfg.total_batch_size / seconds[-1], peak_flops(world.gpu), ""
-    if peak:
+    tok_s, mfu = cfg.total_batch_size / seconds[-1], ""
+    # Not the laptop and other variants of a listed GPU: their peaks are different.
+    if peak := next((peak for gpu, peak in PEAK_FLOPS.items()
+                     if re.search(rf"\b{gpu}\b(?! (Ti|SUPER|D|Laptop))", world.gpu)), None):
         n = model.num_params() - model.transformer.wpe.weight.numel()  # looking up a position is not a product
         mfu = f" | MFU {(6 * n + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size) * tok_s / world.size / peak:.1%}"
     return (f"step {step:5d} | loss {loss:.6f} | lr {lr:.4e} | norm {norm:.4f} | {seconds[-1] * 1000:.1f} ms | "
@@ -1344,8 +1328,6 @@ def evaluate(cfg):
     meta, (model, checkpoint) = read_meta(cfg.data_dir), read_model(cfg.init)
     check_tokenizer(model, checkpoint, cfg, meta)
     val = Corpus(cfg.data_dir, "val", cfg.block_size, cfg.vocab_size)
-    if val.n_windows == 0:
-        raise UserError(f"the val split of {cfg.data_dir} is shorter than --block_size {cfg.block_size}: use more text")
     model.to(world.device)
     loss, tokens = evaluate_loss(model, val, fit_micro_batch(model, cfg, world), cfg, world)
     world.print(describe_loss(loss, tokens, cfg, meta))
