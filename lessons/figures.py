@@ -19,6 +19,7 @@ BLUE, ORANGE, GREEN, RED, VIOLET, GRAY = "#3b76af", "#dd8a2e", "#4c9a62", "#c850
 
 plt.rcParams.update({
     "figure.dpi": 110, "savefig.dpi": 110, "figure.figsize": (8, 3.8), "figure.constrained_layout.use": True,
+    "figure.constrained_layout.w_pad": 0.1, "figure.constrained_layout.h_pad": 0.08,
     "font.size": 11, "axes.titlesize": 13, "axes.edgecolor": EDGE, "axes.labelcolor": INK, "text.color": INK,
     "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False,
     "legend.frameon": False, "lines.linewidth": 1.8, "image.cmap": "Blues",
@@ -333,7 +334,7 @@ def valley(paths):
     a, b = torch.meshgrid(torch.linspace(-1.05, 1.05, 120), torch.linspace(-0.7, 2.9, 120), indexing="ij")
     fig, axes = plt.subplots(len(paths), 1, figsize=(10, 2.4 * len(paths)), sharex=True, sharey=True)
     for ax, (name, (across, along)), color in zip(axes, paths.items(), (BLUE, GREEN, ORANGE)):
-        ax.contourf(b, a, (50 * a ** 2 + b ** 2) / 2, levels=[0, 0.1, 0.5, 1.5, 3, 6, 10, 15, 21, 30], cmap="Greys", alpha=0.5)
+        ax.contourf(b, a, (50 * a ** 2 + b ** 2) / 2, [0, 0.1, 0.5, 1.5, 3, 6, 10, 15, 21, 30], cmap="Greys", alpha=0.5)
         ax.plot(along, across, "o-", color=color, ms=3.5, lw=1.4, label=name)
         ax.plot(along[0], across[0], "o", color=INK, ms=7)
         ax.plot(0, 0, "*", color=RED, ms=13)
@@ -539,7 +540,8 @@ def circles(matrices, labels):
             start, end = Vt[i], matrix @ Vt[i]
             ax.plot(*start, "o", mfc="white", mec=color, ms=8, zorder=5)
             ax.annotate("", end, (0, 0), arrowprops=dict(arrowstyle="-|>", color=color, lw=2.4, mutation_scale=16))
-            ax.annotate(f"{S[i]:.2f}", 1.16 * end + 0.12 * end / end.norm(), ha="center", va="center", color=color, size=12)
+            place = 1.16 * end + 0.12 * end / end.norm()
+            ax.annotate(f"{S[i]:.2f}", place, ha="center", va="center", color=color, size=12)
         ax.set(xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), aspect="equal", xticks=[], yticks=[], title=label)
         ax.spines[:].set_visible(False)
     fig.suptitle("What does an update do to a circle?", size=13)
@@ -588,13 +590,13 @@ def arcs(tokens, looks, title):
     for row, (at, weights, name) in enumerate(looks):
         y = 12 * (len(looks) - row) - 8
         for i, token in enumerate(tokens):
-            ax.text(4 + gap * (i + 0.5), y, token.replace(" ", "\u2423"), ha="center", va="center", family="monospace", size=12.5,
-                    weight="bold" if i == at else "normal", color=INK if i <= at else EDGE)
+            ax.text(4 + gap * (i + 0.5), y, token.replace(" ", "␣"), ha="center", va="center", family="monospace",
+                    size=12.5, weight="bold" if i == at else "normal", color=INK if i <= at else EDGE)
         for i in range(at + 1):
             if weights[i] > 0.05:
-                arrow(ax, (4 + gap * (at + 0.5), y + 1.6), (4 + gap * (i + 0.5), y + 1.6), color=(BLUE, ORANGE)[row % 2],
+                arrow(ax, (4 + gap * (at + 0.5), y + 1.6), (4 + gap * (i + 0.5), y + 1.6), color=(GREEN, RED)[row % 2],
                       lw=0.6 + 5 * float(weights[i]), bend=0.9 if at - i < 3 else 0.12, head=12)
-        ax.text(2, y + 6.6, name, ha="left", va="center", size=11, color=(BLUE, ORANGE)[row % 2])
+        ax.text(2, y + 6.6, name, ha="left", va="center", size=11, color=(GREEN, RED)[row % 2])
     show(fig, alt=f"{title} {', '.join(name for _, _, name in looks)}")
 
 
@@ -607,7 +609,8 @@ def lens_table(tokens, rows, title):
     ax.imshow([chances for _, _, chances in rows], vmin=0, vmax=1, aspect="auto")
     for y, (_, guesses, chances) in enumerate(rows):
         for x, (guess, chance) in enumerate(zip(guesses, chances)):
-            ax.text(x, y, guess, ha="center", va="center", family="monospace", size=12, color="white" if chance > 0.55 else INK)
+            ax.text(x, y, guess, ha="center", va="center", family="monospace", size=12,
+                    color="white" if chance > 0.55 else INK)
     ax.set_xticks(range(len(tokens)), tokens, family="monospace", size=12)
     ax.set_yticks(range(len(rows)), [name for name, _, _ in rows])
     ax.set(xlabel="the text it has read up to here", title=title)

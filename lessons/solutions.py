@@ -883,3 +883,68 @@ def check_ex12_4(answer):
 def ex12_4(a, b):
     d = torch.tensor(a, dtype=torch.float64) - torch.tensor(b, dtype=torch.float64)
     return d.mean().item(), (d.std() / math.sqrt(len(d))).item()
+
+
+# ---- 14_looking_inside
+
+def check_ex14_1(answer):
+    generator = torch.Generator().manual_seed(0)
+    for T, V in ((12, 4), (30, 9), (6, 100)):
+        idx = torch.randperm(V, generator=generator)[:T] if V > T else torch.randint(V, (T,), generator=generator)
+        scores = torch.randn(3, T, T, generator=generator)
+        weights = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf).softmax(-1)
+        found = []
+        for t in range(T):
+            earlier = [s for s in range(t) if idx[s] == idx[t]]
+            if earlier:
+                found.append(weights[:, t, earlier[-1] + 1])
+        want = torch.stack(found).mean(0) if found else torch.zeros(3)
+        got = answer(weights.clone(), idx.clone())
+        assert got.shape == (3,), f"one number for each of 3 heads is wanted, not {tuple(got.shape)}"
+        torch.testing.assert_close(got, want, msg=f"ids {idx.tolist()}: {got.tolist()}, one by one {want.tolist()}")
+
+
+def ex14_1(weights, idx):
+    same = (idx[:, None] == idx[None, :]).tril(-1)                       # (T, T)
+    t = same.any(1).nonzero()[:, 0]
+    if len(t) == 0:
+        return torch.zeros(len(weights))
+    last = (same * torch.arange(len(idx))).amax(1)[t]
+    return weights[:, t, last + 1].mean(1)
+
+
+def check_ex14_2(answer):
+    said = torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(0))
+    for head in range(3):
+        before = said.clone()
+        got = answer(said, head, 3)
+        assert torch.equal(said, before), "the tensor that came in was changed"
+        for c in range(12):
+            mine = 4 * head <= c < 4 * head + 4
+            want = torch.full((3, 5), sum(said[..., c].flatten().tolist()) / 15) if mine else said[..., c]
+            torch.testing.assert_close(got[..., c], want, msg=f"head {head}: channel {c} should be " +
+                                                              ("its mean" if mine else "as it was"))
+
+
+def ex14_2(said, head, n_head):
+    said, hs = said.clone(), said.size(-1) // n_head
+    own = said[..., head * hs:(head + 1) * hs]
+    own[:] = own.mean((0, 1))
+    return said
+
+
+def check_ex14_3(answer):
+    generator = torch.Generator().manual_seed(0)
+    for depths in (1, 3, 6):
+        logits = torch.randn(depths, 4, 7, 3, generator=generator)
+        got = answer(logits)
+        for b in range(4):
+            for t in range(7):
+                guesses = logits[:, b, t].argmax(-1).tolist()
+                want = min(d for d in range(depths) if len(set(guesses[d:])) == 1)
+                assert int(got[b, t]) == want, f"guesses {guesses}: decided at {want}, not at {int(got[b, t])}"
+
+
+def ex14_3(logits):
+    guess = logits.argmax(-1)                                            # (L + 1, B, T)
+    return len(guess) - (guess == guess[-1]).flip(0).cumprod(0).sum(0)
