@@ -205,6 +205,114 @@ def test_a_wrong_answer_is_not_taken():
             helpers.check(lambda *args, **kwargs: None, name)
 
 
+# ---- the table of bugs in the README
+# For each bug: the lesson, the code cells that its check needs (by words in them; a line that begins with > is run as
+# it stands), and the change that plants the bug. Without the change all of it passes, with it something must not.
+
+IMPORTS = """>import copy, math, torch, train_gpt2
+import numpy as np, torch.nn as nn, torch.nn.functional as F
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from helpers import ROOT, compare, shake
+from train_gpt2 import *
+torch.manual_seed(0)
+ledger = []"""
+BLOCK_04 = [">V = 9", "class Config:", "class CausalSelfAttention(", "class MLP(", "class Block("]
+IN_06 = [">from train_gpt2 import Block; V, twin = 30, True", "class GPT(nn.Module)", """>from transformers import GPT2Config, GPT2LMHeadModel
+small = dict(vocab_size=V, n_layer=2, n_head=2, n_embd=16)
+theirs = GPT2LMHeadModel(GPT2Config(n_positions=8, **small)).eval()
+ours = GPT(train_gpt2.GPTConfig(block_size=8, **small))
+turned = {n for n, p in theirs.named_parameters() if p.dim() == 2 and not n.endswith(("wte.weight", "wpe.weight"))}
+x = torch.arange(8)[None]""", ">shake(theirs, std=0.2)", """>with torch.no_grad():
+    want = with_dropout = theirs(x).logits""", "def import_weights(", "def plant(", "def gap("]
+LOSSES_09 = [">CPU, shape = torch.device('cpu'), dict(block_size=8, vocab_size=9, n_layer=2, n_head=2, n_embd=8)",
+             ">paper, cfg = TrainConfig(), TrainConfig(**shape)", ">model = shake(train_gpt2.GPT(cfg))"]
+BUGS = [
+    ("the exact GELU", 4, [*BLOCK_04, ">mine = shake(MLP(Config())); part = train_gpt2.MLP(GPTConfig(n_embd=Config.n_embd))",
+                           ">part.load_state_dict(mine.state_dict()); x = torch.randn(2, 8, Config.n_embd)",
+                           ">compare('our MLP and train_gpt2', part(x), mine(x), 1e-5)"],
+     'nn.GELU(approximate="tanh")', "nn.GELU()"),
+    ("the exact GELU", 6, [*IN_06, ">plant('nothing'); compare('logits', ours(x), want, 1e-4)"],
+     "plant('nothing')", "plant('exact GELU')"),
+    ("LayerNorm with eps 1e-6", 6, [*[words for words in IN_06 if "shake" not in words],
+                                    ">plant('nothing'); compare('logits', ours(x), want, 1e-4)"],
+     "plant('nothing')", "plant('LayerNorm with eps 1e-6')"),
+    ("attention scaled by the width", 4, [">B, T, C, nh = 2, 8, 32, 4; x = torch.randn(B, T, C)", *BLOCK_04,
+                                          "attn = shake(CausalSelfAttention("],
+     "math.sqrt(q.size(-1))", "math.sqrt(C)"),
+    ("a square `c_proj`", 6, IN_06,
+     "\nimport_weights(ours, theirs, turned)",
+     "\nimport_weights(ours, theirs, turned - {'transformer.h.0.attn.c_proj.weight'})"),
+    ("a mask that is off by one", 3, [">T, C = 8, 32; x = torch.randn(2, T, C)", "def causal_weights(", "class Head(",
+                                      ">head = shake(Head(C))", "torch.autograd.grad(head("],
+     "triu(diagonal=1)", "triu(diagonal=2)"),
+    ("a mask that is off by one", 4, [">B, T, C, nh = 2, 8, 32, 4; x = torch.randn(B, T, C)", *BLOCK_04,
+                                      "attn = shake(CausalSelfAttention("],
+     "torch.ones(T, T, device=x.device).triu(diagonal=1)", "torch.ones(T, T, device=x.device).triu(diagonal=2)"),
+    ("a loss not divided", 9, [*LOSSES_09, ">x = y = torch.arange(32).view(4, 8) % 9", ">x = x.repeat(2, 1); y = x",
+                               "def gradient(m, x, y, A", "exact = copy.deepcopy(model).double()"],
+     "divide=True", "divide=False"),
+    ("decay on biases", 9, [*LOSSES_09, "def who_decays(", "right = who_decays("],
+     "configure_optimizers(m, cfg, CPU)[0]", "torch.optim.AdamW(m.parameters(), weight_decay=0.1)"),
+    ("a learning rate of 0", 9, [*LOSSES_09, "def lr_by_hand(", "short = TrainConfig("], "(step + 1) / cfg.warmup",
+     "step / cfg.warmup"),
+    ("residual projections", 7, [">config = train_gpt2.GPTConfig(vocab_size=512, n_layer=12, n_embd=192)",
+                                 "def init_by_hand(", ">model = init_by_hand(train_gpt2.GPT(config))", "kinds = {}"],
+     "math.sqrt(2 * model.config.n_layer)", "1"),
+    ("a head that is not tied", 7, [">V = 512", "small = GPTConfig(", "def predicted_loss(", "def spread(", "def unscale(",
+                                    "def untie(", "def step0(", "bugs = {", "good, unscaled, untied ="],
+     'bugs = {"healthy": lambda m: m', 'bugs = {"healthy": untie'),
+    ("ranks that read the same rows", 10, ["scratch = tempfile.TemporaryDirectory()", "def old_rule(", "def together("],
+     "world = SimpleNamespace(rank=rank", "world = SimpleNamespace(rank=0"),
+    ("ranks that read the same rows", 11, ["scratch = tempfile.TemporaryDirectory()", "def write_ruler(", "def loader(",
+                                           "def whole_step("],
+     "world = SimpleNamespace(rank=rank", "world = SimpleNamespace(rank=0"),
+    ("windows that overlap", 11, ["scratch = tempfile.TemporaryDirectory()", "def write_ruler(", "everything = corpus"],
+     "corpus.windows(range(corpus.n_windows))", "torch.arange(0, 240, 4)[:, None] + torch.arange(9)"),
+    ("targets not shifted", 11, ["scratch = tempfile.TemporaryDirectory()", "def write_ruler(", "def loader("],
+     "x, y = loader(rank=1, size=2).batch(0)", "x, y = [loader(rank=1, size=2).batch(0)[0]] * 2"),
+    ("an evaluation left in train mode", 12, [
+        """>cfg = TrainConfig(block_size=16, vocab_size=50, n_layer=1, n_head=1, n_embd=16, dtype="float32")
+folder, ledger, model, world = None, {}, shake(train_gpt2.GPT(cfg)), World(cfg)
+val_text = SimpleNamespace(n_windows=64, windows=lambda n: torch.stack([torch.arange(i, i + 17) % 50 for i in n]))""",
+        "def val_loss(", "fork = copy.deepcopy(model)", "compare(\"evaluate_loss, twice\""],
+     "first = train_gpt2.evaluate_loss(fork, val_text, 16, few, world)[0]", "first = val_loss(fork, 64)"),
+]
+
+
+def run_cells(number, wanted, old="", new=""):
+    file, names, changed = NOTEBOOKS[number - 1], {}, 0
+    sources = [cell.source for cell in code_cells(read(file))]
+    for words in [IMPORTS, *wanted]:
+        if words.startswith(">"):
+            found = [words[1:]]
+        else:
+            found = [source for source in sources if words in source][:1]
+        assert found, f"{file.stem} has no cell with {words!r}"
+        changed += bool(old) and found[0].count(old)
+        exec(found[0].replace(old, new) if old else found[0], names)
+    assert not old or changed == 1, f"{old!r} is there {changed} times"
+
+
+@pytest.mark.parametrize("bug, number, wanted, old, new", BUGS, ids=[f"{bug[0]}, {bug[1]:02}" for bug in BUGS])
+def test_the_lesson_notices_the_bug(bug, number, wanted, old, new, monkeypatch):
+    monkeypatch.setitem(sys.modules, "helpers", helpers)
+    run_cells(number, wanted)
+    with pytest.raises(AssertionError):
+        run_cells(number, wanted, old, new)
+
+
+def test_each_bug_of_the_readme_is_planted_where_the_readme_says():
+    table = README.split("| bug |")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.count("|") == 4][1:]
+    said = {(row[0], int(number)) for row in rows for number in row[-1].split(",")}
+    assert len(said) == len(BUGS)
+    for start, number in said:
+        assert any(start.startswith(bug[0]) and number == bug[1] for bug in BUGS), (start, number)
+
+
 # ---- every cell, in a fresh kernel
 
 def execute(file, folder):
