@@ -372,8 +372,8 @@ def ring(vectors):
     places = [(33, 60.5), (79, 60.5), (79, 46), (33, 46)]
     tints = [BLUE, ORANGE, GREEN, VIOLET]
     for r, (x, y) in enumerate(places):
-        ax.add_patch(FancyBboxPatch((x - 14, y - 5), 28, 10, boxstyle="round,pad=0,rounding_size=1.2", fc=PALE, ec=tints[r],
-                                    lw=2, zorder=3))
+        ax.add_patch(FancyBboxPatch((x - 14, y - 5), 28, 10, boxstyle="round,pad=0,rounding_size=1.2", fc=PALE,
+                                    ec=tints[r], lw=2, zorder=3))
         ax.text(x, y + 2.6, f"process {r}", ha="center", va="center", size=12, zorder=4)
         for c, number in enumerate(vectors[r]):
             lit = c == r
@@ -400,8 +400,8 @@ def ring(vectors):
     ax.text(86, 9, "A row is a process.\nOrange frame: has just arrived.\nYellow: all four are in it.\n\n"
             "Each process has sent 6 numbers.\nWith its 4 numbers to each of the\n3 others it would have been 12.",
             ha="left", va="center", size=10, color=QUIET, linespacing=1.3)
-    show(fig, alt="A ring of four processes with four numbers each; three rounds of adding and three of passing on, after "
-                  f"which each holds {total}")
+    show(fig, alt="A ring of four processes with four numbers each; three rounds of adding and three of passing on, "
+                  f"after which each holds {total}")
 
 
 # ---- lesson 11
@@ -440,7 +440,8 @@ def data_flow():
     for length in (16, 16, 11):
         for i, (mark, tint, letter) in enumerate(row[at:at + length]):
             square(x + unit * i, 42, unit, 4, INK if mark else tint, "" if mark else letter, size=10)
-        ax.add_patch(FancyBboxPatch((x, 42), unit * length, 4, boxstyle="square,pad=0", fc="none", ec=INK, lw=1.6, zorder=5))
+        ax.add_patch(FancyBboxPatch((x, 42), unit * length, 4, boxstyle="square,pad=0", fc="none", ec=INK, lw=1.6,
+                                    zorder=5))
         x, at = x + unit * length + 1.4, at + length
     arrow(ax, (60, 52.2), (60, 47.2), "cut, wherever it falls", offset=(1, 0), ha="left")
     label(31.5, "windows", "T = 4 inputs each,\nand one id more")
@@ -450,7 +451,8 @@ def data_flow():
             left = x + unit * 4 * w
             for i, (mark, tint, letter) in enumerate(row[at + 4 * w:at + 4 * w + 4]):
                 square(left + unit * i, 30, unit, 4, INK if mark else tint, "" if mark else letter, size=10)
-            ax.add_patch(FancyBboxPatch((left, 30), 4 * unit, 4, boxstyle="square,pad=0", fc="none", ec=INK, lw=1.6, zorder=5))
+            ax.add_patch(FancyBboxPatch((left, 30), 4 * unit, 4, boxstyle="square,pad=0", fc="none", ec=INK, lw=1.6,
+                                        zorder=5))
             ax.text(left + 2 * unit, 28.3, number, ha="center", va="center", size=11, weight="bold")
             number += 1
         left = x + unit * 4 * ((length - 1) // 4)
@@ -472,8 +474,8 @@ def data_flow():
         ax.text(left + 13.5, 13.6, f"step {step}", ha="center", va="center", size=11)
         for rank, color in enumerate((BLUE, ORANGE)):
             windows = order[4 * step + 2 * rank:4 * step + 2 * rank + 2]
-            ax.add_patch(FancyBboxPatch((left + 14 * rank, 4.6), 13, 6.4, boxstyle="round,pad=0,rounding_size=0.9", fc=PALE,
-                                        ec=color, lw=2.2, zorder=3))
+            ax.add_patch(FancyBboxPatch((left + 14 * rank, 4.6), 13, 6.4, boxstyle="round,pad=0,rounding_size=0.9",
+                                        fc=PALE, ec=color, lw=2.2, zorder=3))
             ax.text(left + 14 * rank + 6.5, 9.2, f"process {rank}", ha="center", va="center", size=10.5, zorder=4)
             ax.text(left + 14 * rank + 6.5, 6.5, "   ".join(map(str, windows)), ha="center", va="center", size=12,
                     weight="bold", zorder=4)
@@ -482,8 +484,8 @@ def data_flow():
     if rest:
         ax.text(31 + 28 * (len(order) // 4) + 3.5 * len(rest), 13.6, "left over\nthis epoch", ha="center", va="center",
                 size=9.5, color=QUIET)
-    show(fig, alt="Three documents, the row of their ids with a mark before each, shards of 16 ids, windows of 4, their "
-                  "shuffled numbers, and which process reads which of them in steps 0 and 1")
+    show(fig, alt="Three documents, the row of their ids with a mark before each, shards of 16 ids, windows of 4, "
+                  "their shuffled numbers, and which process reads which of them in steps 0 and 1")
 
 
 # ---- lesson 12
@@ -526,26 +528,28 @@ def log_anatomy(log, levels, warmup):
 
 # ---- lesson 13
 
-def circles(matrices, labels):
-    """What each 2 x 2 matrix makes of the unit circle and of two marked points on it."""
+def circles(matrices, labels, title="What does an update do to a circle?"):
+    """What each 2 x 2 matrix makes of the unit circle, and of the two singular directions of the first matrix."""
     import torch
     angle = torch.linspace(0, 2 * torch.pi, 200)
     circle = torch.stack([angle.cos(), angle.sin()])
-    fig, axes = plt.subplots(1, len(matrices), figsize=(10, 3.7))
+    directions = torch.linalg.svd(matrices[0]).Vh
+    reach = 1.25 * max(torch.linalg.matrix_norm(matrix, 2).item() for matrix in matrices) + 0.2
+    fig, axes = plt.subplots(1, len(matrices), figsize=(10, 10 / len(matrices) + 0.6))
     for ax, matrix, label in zip(axes, matrices, labels):
         ax.plot(*circle, color=EDGE, lw=1.2)
         ax.plot(*(matrix @ circle), color=INK, lw=2)
-        U, S, Vt = torch.linalg.svd(matrix)
-        for i, color in enumerate((BLUE, ORANGE)):
-            start, end = Vt[i], matrix @ Vt[i]
-            ax.plot(*start, "o", mfc="white", mec=color, ms=8, zorder=5)
+        for direction, color in zip(directions, (BLUE, ORANGE)):
+            end = matrix @ direction
+            ax.plot(*direction, "o", mfc="white", mec=color, ms=7, zorder=5)
             ax.annotate("", end, (0, 0), arrowprops=dict(arrowstyle="-|>", color=color, lw=2.4, mutation_scale=16))
-            place = 1.16 * end + 0.12 * end / end.norm()
-            ax.annotate(f"{S[i]:.2f}", place, ha="center", va="center", color=color, size=12)
-        ax.set(xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), aspect="equal", xticks=[], yticks=[], title=label)
+            place = end + 0.16 * reach * (end / end.norm() if end.norm() > 0.05 else direction)
+            ax.text(*place, f"{end.norm():.2f}", ha="center", va="center", color=color, size=12)
+        ax.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", xticks=[], yticks=[])
+        ax.set_title(label, size=12)
         ax.spines[:].set_visible(False)
-    fig.suptitle("What does an update do to a circle?", size=13)
-    show(fig, alt="A unit circle under each matrix, with its two singular directions and values: " + ", ".join(labels))
+    fig.suptitle(title, size=13)
+    show(fig, alt=f"{title} Under each matrix, the unit circle and two directions: {', '.join(labels)}")
 
 
 # ---- lesson 14

@@ -220,7 +220,8 @@ from train_gpt2 import *
 torch.manual_seed(0)
 ledger = []"""
 BLOCK_04 = [">V = 9", "class Config:", "class CausalSelfAttention(", "class MLP(", "class Block("]
-IN_06 = [">from train_gpt2 import Block; V, twin = 30, True", "class GPT(nn.Module)", """>from transformers import GPT2Config, GPT2LMHeadModel
+IN_06 = [">from train_gpt2 import Block; V, twin = 30, True", "class GPT(nn.Module)",
+         """>from transformers import GPT2Config, GPT2LMHeadModel
 small = dict(vocab_size=V, n_layer=2, n_head=2, n_embd=16)
 theirs = GPT2LMHeadModel(GPT2Config(n_positions=8, **small)).eval()
 ours = GPT(train_gpt2.GPTConfig(block_size=8, **small))
@@ -230,7 +231,8 @@ x = torch.arange(8)[None]""", ">shake(theirs, std=0.2)", """>with torch.no_grad(
 LOSSES_09 = [">CPU, shape = torch.device('cpu'), dict(block_size=8, vocab_size=9, n_layer=2, n_head=2, n_embd=8)",
              ">paper, cfg = TrainConfig(), TrainConfig(**shape)", ">model = shake(train_gpt2.GPT(cfg))"]
 BUGS = [
-    ("the exact GELU", 4, [*BLOCK_04, ">mine = shake(MLP(Config())); part = train_gpt2.MLP(GPTConfig(n_embd=Config.n_embd))",
+    ("the exact GELU", 4, [*BLOCK_04, ">mine = shake(MLP(Config()))",
+                           ">part = train_gpt2.MLP(GPTConfig(n_embd=Config.n_embd))",
                            ">part.load_state_dict(mine.state_dict()); x = torch.randn(2, 8, Config.n_embd)",
                            ">compare('our MLP and train_gpt2', part(x), mine(x), 1e-5)"],
      'nn.GELU(approximate="tanh")', "nn.GELU()"),
@@ -261,8 +263,8 @@ BUGS = [
     ("residual projections", 7, [">config = train_gpt2.GPTConfig(vocab_size=512, n_layer=12, n_embd=192)",
                                  "def init_by_hand(", ">model = init_by_hand(train_gpt2.GPT(config))", "kinds = {}"],
      "math.sqrt(2 * model.config.n_layer)", "1"),
-    ("a head that is not tied", 7, [">V = 512", "small = GPTConfig(", "def predicted_loss(", "def spread(", "def unscale(",
-                                    "def untie(", "def step0(", "bugs = {", "good, unscaled, untied ="],
+    ("a head that is not tied", 7, [">V = 512", "small = GPTConfig(", "def predicted_loss(", "def spread(",
+                                    "def unscale(", "def untie(", "def step0(", "bugs = {", "good, unscaled, untied ="],
      'bugs = {"healthy": lambda m: m', 'bugs = {"healthy": untie'),
     ("ranks that read the same rows", 10, ["scratch = tempfile.TemporaryDirectory()", "def old_rule(", "def together("],
      "world = SimpleNamespace(rank=rank", "world = SimpleNamespace(rank=0"),
@@ -306,7 +308,8 @@ def test_the_lesson_notices_the_bug(bug, number, wanted, old, new, monkeypatch):
 
 def test_each_bug_of_the_readme_is_planted_where_the_readme_says():
     table = README.split("| bug |")[1].split("\n## ")[0]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.count("|") == 4][1:]
+    lines = [line for line in table.splitlines() if line.count("|") == 4][1:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     said = {(row[0], int(number)) for row in rows for number in row[-1].split(",")}
     assert len(said) == len(BUGS)
     for start, number in said:
@@ -327,9 +330,13 @@ def test_all_run_from_top_to_bottom(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     folders = [LESSONS, ROOT, ROOT / "tests"]
-    before = [sorted(file.name for file in folder.iterdir() if file.name != "__pycache__") for folder in folders]
+
+    def held():
+        return [sorted({file.name for file in folder.iterdir()} - {"__pycache__"}) for folder in folders]
+
+    before = held()
     with ThreadPoolExecutor(2) as pool:
         runs = {file.stem: pool.submit(execute, file, folders[i % 3]) for i, file in enumerate(NOTEBOOKS)}
     failed = {name: str(run.exception())[-1500:] for name, run in runs.items() if run.exception()}
     assert not failed, "\n\n".join(f"{name}: {error}" for name, error in failed.items())
-    assert before == [sorted(file.name for file in folder.iterdir() if file.name != "__pycache__") for folder in folders]
+    assert before == held()
