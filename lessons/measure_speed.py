@@ -1,22 +1,21 @@
 """Speed, measured where you are: each benchmark does one thing in several ways, in turn, on the same machine.
 
-    python lessons/measure_speed.py                               # ladder, loader, start, processes: minutes
+    python lessons/measure_speed.py                               # the ladder: minutes
     python lessons/measure_speed.py ladder --device cuda          # the rungs of a training step, on a GPU
-    python lessons/measure_speed.py rows --device cuda            # rows, memory and tok/s for each size of GPT-2
-    python lessons/measure_speed.py tokenising --text web.txt     # one benchmark, on a text of your own
+    python lessons/measure_speed.py rows                          # the memory that training needs, foretold on a CPU
+    python lessons/measure_speed.py rows --device cuda            # the same, measured, with tok/s
+    python lessons/measure_speed.py laptop muon                   # what recipes learn, in seconds and in tokens
 
 Other programs slow a machine down from one second to the next. So the ways take turns for several rounds, and
-what counts is the median of the ratios, not the megabytes per second. Results are kept in
+what counts is the median of the ratios, not the seconds. Results are kept in
 lessons/measured/speed_<device>.json, with the machine, the versions and the commit that they belong to.
 """
 import argparse
 import contextlib
+import ctypes
 import datetime
 import io
 import json
-import math
-import multiprocessing
-import os
 import platform
 import shutil
 import statistics
@@ -25,6 +24,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
@@ -34,31 +34,22 @@ import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "lessons")]
 
 import fineweb    # noqa: E402  (found through the line above)
-import hellaswag  # noqa: E402
 import train_gpt2  # noqa: E402
-
-SHARD = 5_000_000       # tokens in a shard of the tokenising benchmark
-WORKER = {}             # what a worker process keeps
+from plot_log import read_log  # noqa: E402
 
 
 def in_turn(ways, rounds):
-    """Seconds of each way, by the clock and on the processors: two {name: [round 1, round 2 ...]}.
-
-    The ways go A, B, A, B ... so that both meet the same disturbances. Processor time, children included,
-    hardly feels them: with all cores busy throughout, its ratio is what the clock would show on a machine of
-    one's own.
-    """
-    clock, work = {name: [] for name in ways}, {name: [] for name in ways}
+    """Seconds of each way, {name: [round 1, round 2 ...]}. They go A, B, A, B ... and meet the same disturbances."""
+    clock = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
-            begin, before = time.perf_counter(), sum(os.times()[:4])
+            begin = time.perf_counter()
             way()
             clock[name].append(time.perf_counter() - begin)
-            work[name].append(sum(os.times()[:4]) - before)
-    return clock, work
+    return clock
 
 
 def median_ratio(first, second):
@@ -78,6 +69,7 @@ class Rung:
     sdpa: bool = False      # F.scaled_dot_product_attention, or attention written out
     padded: bool = False    # rows in wte: 50304, or 50257
     fused: bool = False     # AdamW in one kernel, or in a few operations for all parameters together
+    keep: bool = False      # glibc keeps freed memory for the next step, or gives it back to the system
     chunked: bool = False   # F.linear_cross_entropy, which never holds all logits, or all of them at once
     times: int = 1          # rows, in multiples of the first rung's
     theirs: bool = False    # transformers' GPT-2 in the place of ours
@@ -85,9 +77,16 @@ class Rung:
 
 CHANGES = {"TF32": dict(tf32=True), "bfloat16": dict(dtype=torch.bfloat16), "torch.compile": dict(compile=True),
            "fused attention": dict(sdpa=True), "padded vocabulary": dict(padded=True),
-           "fused AdamW": dict(fused=True), "chunked loss": dict(chunked=True), "twice the rows": dict(times=2)}
+           "fused AdamW": dict(fused=True), "memory kept": dict(keep=True), "chunked loss": dict(chunked=True),
+           "twice the rows": dict(times=2)}
 # What a rung may move the loss by; the others 1e-5. Padding adds 47 ids that nobody says: ln(50304 / 50257) = 0.0009.
 TOLERANCE = {"TF32": 1e-3, "bfloat16": 1e-2, "padded vocabulary": 2e-3}
+# What people would otherwise use. build-nanogpt's model is GPT-2, as ours is; its loop has fused attention, a padded
+# vocabulary, and AdamW that is fused on CUDA only.
+OTHERS = {"build-nanogpt, float32": dict(sdpa=True, padded=True),
+          "build-nanogpt, bfloat16": dict(sdpa=True, padded=True, dtype=torch.bfloat16),
+          "transformers, float32": dict(sdpa=True, theirs=True),
+          "transformers, bfloat16": dict(sdpa=True, theirs=True, dtype=torch.bfloat16)}
 # block_size, rows, n_layer, n_head, n_embd, and the vocabulary without and with padding
 SIZES = {"cpu": {"124M, 4 x 256 tokens": (256, 4, 12, 12, 768, 50257, 50304),
                  "6 layers of 192, 16 x 256 tokens": (256, 16, 6, 6, 192, 1009, 1024)},
@@ -96,21 +95,24 @@ SIZES = {"cpu": {"124M, 4 x 256 tokens": (256, 4, 12, 12, 768, 50257, 50304),
 
 def missing(rung, device, size):
     """Why a rung can't be measured on a device, or ""."""
-    if rung.tf32 and device.type != "cuda":
+    cpu = device.type == "cpu"
+    if rung.tf32 and cpu:
         return "TF32 is in NVIDIA's GPUs"
-    if rung.dtype == torch.bfloat16 and device.type == "cpu" and not torch.cpu.get_capabilities().get("avx512_bf16"):
+    if rung.dtype == torch.bfloat16 and cpu and train_gpt2.pick_dtype("auto", device)[0] != rung.dtype:
         return "this CPU has no bfloat16 arithmetic; emulated, a step takes several times as long"
-    if rung.compile and device.type == "cpu" and not shutil.which("g++"):
-        return "torch.compile needs g++ on a CPU"
-    if rung.compile and device.type == "cpu" and size[2] > 6:
-        return "on a CPU compiled at the smaller size only: here it would take minutes"
+    if rung.compile and cpu and (size[2] > 6 or not shutil.which("g++")):
+        return "on a CPU compiled at the smaller size only, where it takes a minute and g++"
+    if rung.keep and not (cpu and platform.libc_ver()[0] == "glibc"):
+        return "only glibc, on a CPU, has this setting"
+    if rung.chunked and not hasattr(F, "linear_cross_entropy"):
+        return "F.linear_cross_entropy came with PyTorch 2.13"
     return ""
 
 
 def ladder_of(device, size):
-    """[(rung, why it is missing)] from the bottom. Each stands on those below it, where the device has them. On a CPU
-    nobody stands on torch.compile, which takes longer than a short run can save, nor on the chunked loss, which
-    takes a step of 124M twice as long there."""
+    """[(rung, why it is missing)] from the bottom, the others' ways last. Each rung stands on those below it, where the
+    device has them. On a CPU nothing stands on torch.compile, which takes longer than a short run can save, nor on
+    the chunked loss, which takes a step of 124M twice as long there."""
     below = Rung()
     rungs = [(below, "")]
     for name, change in CHANGES.items():
@@ -119,10 +121,20 @@ def ladder_of(device, size):
         rungs.append((rung, why))
         left_out = device.type == "cpu" and (rung.compile or rung.chunked)
         below = below if why or left_out else rung
-    for theirs in (Rung("transformers", theirs=True, sdpa=True),
-                   Rung("transformers, bfloat16", theirs=True, sdpa=True, dtype=torch.bfloat16)):
-        rungs.append((theirs, missing(theirs, device, size)))
-    return rungs
+    cuda = device.type == "cuda"
+    ours = Rung("ours, by default", dtype=train_gpt2.pick_dtype("auto", device)[0], sdpa=True, padded=True, fused=True,
+                compile=cuda, tf32=cuda)
+    others = [Rung(name, compile=cuda, fused=cuda, **change) for name, change in OTHERS.items()]
+    return rungs + [(rung, missing(rung, device, size)) for rung in [*others, ours]]
+
+
+def keep_memory(keep):
+    """Whether glibc keeps the memory that a step frees. Otherwise large blocks go back to the system, which hands them
+    out again in the next step, page by page and filled with zeros."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0 if keep else 65536)           # M_MMAP_MAX: blocks that come from the system directly
+        libc.mallopt(-1, 2 ** 31 - 1 if keep else 131072)  # M_TRIM_THRESHOLD: free bytes that go back to it
 
 
 def attention_written_out(q, k, v, attn_mask=None, is_causal=True):
@@ -149,7 +161,7 @@ def same_models(size, device):
 
 
 class Stepper:
-    """A model, its optimiser and a batch; step() is one update as a rung has it, first_loss() what it starts from."""
+    """A model, its optimizer and a batch; step() is one update as a rung has it, first_loss() what it starts from."""
 
     def __init__(self, rung, size, models, device):
         T, rows, *_, unpadded, _ = size
@@ -158,19 +170,21 @@ class Stepper:
             self.model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=rung.fused))
         ids = torch.randint(unpadded, (rows, T + 1), generator=torch.Generator().manual_seed(1))
         self.x, self.y = (part.repeat(rung.times, 1).to(device) for part in (ids[:, :-1], ids[:, 1:]))
-        self.compute = torch.compile(self.loss, dynamic=False) if rung.compile else self.loss
+        self.compute = compiled(self.loss) if rung.compile else self.loss
 
     def loss(self, x, y):
         if self.rung.theirs:
             return F.cross_entropy(self.model(x).logits.flatten(0, 1), y.flatten())
         if not self.rung.chunked:
             return self.model(x, y)[1]
-        return F.linear_cross_entropy(self.model.hidden(x).flatten(0, 1), self.model.lm_head.weight, y.flatten(),
-                                      options=torch.nn.LinearCrossEntropyOptions())
+        # autocast doesn't know this function: without the two casts its products would be float32's
+        x, w = (part.to(self.rung.dtype) for part in (self.model.hidden(x).flatten(0, 1), self.model.lm_head.weight))
+        return F.linear_cross_entropy(x, w, y.flatten(), options=torch.nn.LinearCrossEntropyOptions()).float()
 
     @contextlib.contextmanager
     def conditions(self):
         torch.set_float32_matmul_precision("high" if self.rung.tf32 else "highest")
+        keep_memory(self.rung.keep)
         written_out = mock.patch.object(F, "scaled_dot_product_attention", attention_written_out)
         with contextlib.nullcontext() if self.rung.sdpa else written_out:
             yield
@@ -188,32 +202,38 @@ class Stepper:
         with self.conditions():
             loss = self.forward()
             loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.item()  # waits for the device: before that there is nothing to time
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            return loss.item()  # waits for the device: before that there is nothing to time
+
+
+def compiled(function, **how):
+    """torch.compile with room for all our graphs: PyTorch counts those of a function over all models of a process, and
+    from the ninth on it runs eagerly without a word."""
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(function, dynamic=False, **how)
 
 
 def climb(size, device, rounds=3):
-    """One ladder -> its rows, [{rung, ms, tok_s, times_faster, memory_mb, mfu, loss, loss_difference, note}].
+    """One ladder -> its rows {rung, ms, tok_s, times_faster, memory_mb, mfu, loss, loss_difference, note}, and ratios.
 
     ms is the median of the rounds, times_faster the median of their ratios to the first rung. memory_mb is the
     peak of a step beyond weights and moments, on CUDA. mfu counts 6N + 12LHQT operations a token, against the
-    GPU's data sheet, or on a CPU against the float32 matrix products that it does here, measured beside.
+    GPU's data sheet, or against the matrix products that this CPU does in its best dtype, measured beside.
     """
     models, rows, steppers = same_models(size, device), [], {}
     for rung, why in ladder_of(device, size):
-        row = {"rung": rung.name, "note": why}
-        rows.append(row)
-        if why:
-            continue
-        stepper = steppers[rung.name] = Stepper(rung, size, models, device)
-        row["loss"] = stepper.first_loss()
+        rows.append({"rung": rung.name, "note": why})
+        if not why:
+            steppers[rung.name] = Stepper(rung, size, models, device)
+            rows[-1]["loss"] = steppers[rung.name].first_loss()
     for row in rows:  # all first losses are of the same weights: only now does anyone move them
         if row["rung"] in steppers:
             row["loss_difference"] = row["loss"] - rows[0]["loss"]
             row["memory_mb"] = peak_of(steppers[row["rung"]], device)
-    clock, _ = in_turn({name: stepper.step for name, stepper in steppers.items()}, rounds)
+    clock = in_turn({name: stepper.step for name, stepper in steppers.items()}, rounds)
+    keep_memory(False)
     T, _, n_layer, _, n_embd, _, padded = size
     flops = 6 * (12 * n_layer * n_embd ** 2 + padded * n_embd) + 12 * n_layer * n_embd * T
     peak = peak_flops(device)
@@ -225,7 +245,9 @@ def climb(size, device, rounds=3):
             first = steppers[rows[0]["rung"]].x.numel()
             row["times_faster"] = round(median_ratio(clock[rows[0]["rung"]], seconds) * tokens / first, 2)
             row["mfu"] = round(row["tok_s"] * flops / peak, 3)
-    return rows
+    faster = {name: median_ratio(clock[name], clock["ours, by default"]) for name in OTHERS if name in clock}
+    return rows, {"than build-nanogpt in float32": faster["build-nanogpt, float32"],
+                  "than the best of the others": min(faster.values())}
 
 
 def peak_of(stepper, device):
@@ -245,137 +267,152 @@ def peak_flops(device):
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         return next((flops for gpu, flops in train_gpt2.PEAK_FLOPS.items() if gpu in name), float("nan"))
-    a, b = torch.randn(1024, 768), torch.randn(768, 3072)
-    seconds, _ = in_turn({"mm": lambda: [a @ b for _ in range(10)]}, 5)
+    dtype = train_gpt2.pick_dtype("auto", device)[0]
+    a, b = torch.randn(1024, 768, dtype=dtype), torch.randn(768, 3072, dtype=dtype)
+    seconds = in_turn({"mm": lambda: [a @ b for _ in range(10)]}, 5)
     return 10 * 2 * a.numel() * b.size(1) / min(seconds["mm"])
 
 
 def bench_ladder(device="cpu", rounds=3):
     """The ladder at each size that suits the device."""
-    device = torch.device(device)
-    ladders = []
+    device, ladders = torch.device(device), []
+    print(machine(device.type)["machine"])
     for name, size in SIZES[device.type].items():
-        ladders.append({"name": name, "rows": climb(size, device, rounds)})
-        print(f"{name}\n{'':26}{'ms':>10}{'tok/s':>10}{'times':>8}{'MB':>8}{'MFU':>7}{'loss':>10}{'':>3}difference")
-        for row in ladders[-1]["rows"]:
-            if "ms" in row:
+        rows, ratios = climb(size, device, rounds)
+        ladders.append({"name": name, "rows": rows, "ours is faster": ratios})
+        print(f"\n{name:26}{'ms':>10}{'tok/s':>10}{'times':>8}{'MB':>8}{'MFU':>7}{'loss':>10}{'difference':>13}")
+        for row in rows:
+            if row["note"]:
+                print(f"{row['rung']:26}   {row['note']}")
+            else:
                 print(f"{row['rung']:26}{row['ms']:10.1f}{row['tok_s']:10.0f}{row['times_faster']:8.2f}"
                       f"{row['memory_mb'] or '':>8}{row['mfu']:7.1%}{row['loss']:10.4f}{row['loss_difference']:+13.6f}")
-            else:
-                print(f"{row['rung']:26}   {row['note']}")
+        print("ours, by default, is faster: " + ", ".join(f"{times} times {than}" for than, times in ratios.items()))
     return ladders
 
 
+def draw_ladder(kept, path):
+    """speed_<device>.json as a picture: tokens a second of every rung, at each size."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, len(kept["ladders"]), figsize=(10, 4.6), dpi=100, squeeze=False)
+    for axis, ladder in zip(axes[0], kept["ladders"]):
+        rows = [row for row in ladder["rows"] if not row["note"]][::-1]
+        colors = ["#c44e52" if row["rung"] == "ours, by default" else "#bbbbbb" if row["rung"] in OTHERS else "#4c72b0"
+                  for row in rows]
+        bars = axis.barh([row["rung"] for row in rows], [row["tok_s"] for row in rows], color=colors)
+        axis.bar_label(bars, [f"{row['tok_s']:,.0f}" for row in rows], padding=3, fontsize=9)
+        axis.set(title=ladder["name"], xlabel="tokens a second")
+        axis.margins(x=0.18)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"How fast is a training step? {kept['machine']}, {kept['date']}")
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
 # ------------------------------------------------------------------------------------------------------------
-# around the step: what the loader, the start and a second process cost
+# rows: how much memory a step needs
 
-def bench_loader(steps=50):
-    """What a step waits for its batch, against what the batch would cost without the thread that reads ahead."""
-    with tempfile.TemporaryDirectory() as folder:
-        rng = np.random.default_rng(0)
-        np.save(Path(folder, "text_train_000000.npy"), rng.integers(0, 50257, 20_000_000, dtype=np.uint16))
-        cfg = train_gpt2.TrainConfig(total_batch_size=2 ** 19, max_steps=steps)
-        corpus = train_gpt2.Corpus(folder, "train", cfg.block_size, cfg.vocab_size)
-        world = mock.Mock(rank=0, size=1, device=torch.device("cpu"))
-        loader = train_gpt2.DataLoaderLite(corpus, 16, cfg, world)
-        begin = time.perf_counter()
-        for step in range(steps):
-            loader.read(step)
-        alone = (time.perf_counter() - begin) / steps
-    return {"ms_per_524288_tokens": round(alone * 1000, 1), "tokens_per_s": round(cfg.total_batch_size / alone)}
+GPUS, ROWS = (8, 12, 16, 24, 40, 48, 80, 141), (1, 2, 4, 8, 16, 32, 64)  # GB of memory that GPUs have; rows to try
 
 
-def bench_start(rounds=3):
-    """Seconds from the command to its end: an import, --help, and the laptop preset's first step, its shards being
-    there."""
-    def python(*words):
-        return lambda: subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, check=True)
+def kept_by_forward(shape, rows, compile=True):
+    """Bytes that the forward pass keeps for the backward one, computed on tensors without content.
 
-    with tempfile.TemporaryDirectory() as folder:
-        make_builtin(folder)
-        ways = {"import torch": python("-c", "import torch"), "import train_gpt2": python("-c", "import train_gpt2"),
-                "--help": python("train_gpt2.py", "--help"),
-                "one step of --preset laptop": python("train_gpt2.py", "--preset=laptop", f"--data_dir={folder}",
-                                                      f"--log_dir={folder}/log", "--max_steps=1", "--val_every=0",
-                                                      "--sample_every=0", "--checkpoint_every=0")}
-        clock, _ = in_turn(ways, rounds)
-    return {name: round(min(seconds), 2) for name, seconds in clock.items()}
-
-
-def make_builtin(folder):
-    """Shards of the builtin text for the laptop preset, quietly."""
-    ids = train_gpt2.PRESETS["laptop"]["vocab_size"]
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        fineweb.main(["--source", "builtin", "--tokenizer", f"bpe:{ids}", "--out", str(folder)])
-
-
-def bench_processes(device="cpu", rounds=3, steps=20):
-    """tok/s of one process, and of several under torchrun, with the same tokens a step, in turn.
-
-    On a CPU the laptop preset and two processes with half of the cores each; on GPUs 124M and a process a GPU (one
-    under torchrun, too, if there is only one). Also by how much their losses differ, relatively, at most.
+    Compiled, AOTAutograd's partition of the graph decides it; eagerly, each operation. Both with autocast to bfloat16.
+    Parameters are not counted, their bfloat16 copies are.
     """
-    count, rates, losses = torch.cuda.device_count() if device == "cuda" else 2, {}, {}
-    with tempfile.TemporaryDirectory() as folder:
-        data, flags = Path(folder, "data"), ["--preset=laptop"]
-        if device == "cuda":
-            data.mkdir()
-            flags = ["--preset=gpt2", "--warmup_steps=5"]
-            for split in "val", "train":
-                ids = np.random.default_rng(0).integers(0, 50257, (steps + 1) * 2 ** 19, dtype=np.uint16)
-                np.save(data / f"random_{split}_000000.npy", ids)
+    from torch._functorch.aot_autograd import aot_function
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    found = {}  # by storage: views share one
+
+    def note(tensor):
+        found[tensor.untyped_storage()._cdata] = tensor, tensor.untyped_storage().nbytes()
+        return tensor
+
+    def look(graph, inputs):
+        nodes = [n for n in graph.graph.output_node().args[0] if n is not None and n.op != "placeholder"]
+        [note(n.meta["val"]) for n in nodes if isinstance(n.meta["val"], torch.Tensor)]
+        return graph
+
+    with FakeTensorMode():
+        model, x = train_gpt2.GPT(shape), torch.zeros(rows, shape.block_size, dtype=torch.int64)
+        names, params = zip(*model.named_parameters())
+
+        def loss(x, *params):
+            with torch.autocast("cpu", torch.bfloat16):
+                return torch.func.functional_call(model, dict(zip(names, params)), (x, x))[1]
+
+        if compile:
+            aot_function(loss, look, lambda graph, _: graph, decompositions=select_decomp_table(),
+                         partition_fn=partial(min_cut_rematerialization_partition, compiler="inductor"))(x, *params)
         else:
-            make_builtin(data)
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-        for turn in range(rounds):
-            for name, python in (("one process", [sys.executable]), (f"{count} under torchrun", torchrun)):
-                log = Path(folder, f"{name} {turn}")
-                threads = max(1, os.cpu_count() // (count if python is torchrun else 1))
-                command = [*python, ROOT / "train_gpt2.py", *flags, f"--data_dir={data}", f"--log_dir={log}",
-                           f"--device={device}", f"--max_steps={steps}", "--val_every=0", "--hellaswag_every=0",
-                           "--sample_every=0", "--checkpoint_every=0"]
-                subprocess.run(command, check=True, capture_output=True,
-                               env=os.environ | {"OMP_NUM_THREADS": str(threads)})
-                values, _ = train_gpt2.read_log(log)
-                losses[name] = values["train"]
-                # The first steps warm up: kernels are picked, on a GPU compiled.
-                rates.setdefault(name, []).append(statistics.median(list(values["tok/s"].values())[steps // 4:]))
-    one, many = rates.values()
-    first, second = losses.values()
-    return {"tok_s": {name: round(statistics.median(rate)) for name, rate in rates.items()},
-            "times_faster": median_ratio(many, one), "each_round": [round(b / a, 2) for a, b in zip(one, many)],
-            "largest_relative_difference_of_losses": max(abs(second[s] - loss) / loss for s, loss in first.items())}
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                loss(x, *params)
+            for p in params:
+                found.pop(p.untyped_storage()._cdata, None)
+    return sum(size for _, size in found.values())
+
+
+def foretell(shape, rows=ROWS, compile=True):
+    """GB that training needs -> {rows: GB}: 16 bytes a parameter (weight, gradient, two moments), what the forward
+    keeps, and the gradient of the logits, 2 bytes each (eagerly two copies in float32).
+
+    What is kept grows with layers and with rows along straight lines, so four small cases give all others.
+    """
+    part = {(n, r): kept_by_forward(replace(shape, n_layer=n), r, compile) for n in (1, 2) for r in (1, 2)}
+    each_layer = {r: part[2, r] - part[1, r] for r in (1, 2)}
+    parameters = sum(p.numel() for p in train_gpt2.GPT(replace(shape, n_layer=1)).parameters())
+    parameters += (shape.n_layer - 1) * (12 * shape.n_embd ** 2 + 13 * shape.n_embd)
+    one, two = (part[1, r] + (shape.n_layer - 1) * each_layer[r] for r in (1, 2))
+    logits = shape.block_size * shape.vocab_size * (2 if compile else 8)
+    return {r: (16 * parameters + one + (r - 1) * (two - one) + r * logits) / 1e9 for r in rows}
 
 
 def bench_rows(device="cuda", rounds=3, presets=("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")):
-    """Rows a micro-batch, memory at the peak and tok/s of a step of AdamW, for each size of GPT-2: 1, 2, 4 ... rows up
-    to 64, or until memory runs out. For GPUs: there this is the table to choose --micro_batch_size from."""
+    """Rows a micro-batch and memory of a step of AdamW, for each size of GPT-2: the table to choose --micro_batch_size
+    from. On a GPU measured, with tok/s, until memory runs out; on a CPU foretold, with the smallest GPU it fits.
+
+    Published eager runs of the 124M model: 64 rows fitted 80 GB (here 63.9), 32 rows did not fit 40 GB (33.1), 4 rows
+    took about 9 GB (6.1). So a GPU has to have a fifth more than what is foretold, and 3 GB more if that is little.
+    """
     table, device = [], torch.device(device)
-    if device.type == "cpu":
-        return {"note": "for a GPU: python lessons/measure_speed.py rows --device cuda"}
     for preset in presets:
         cfg = train_gpt2.TrainConfig(**train_gpt2.PRESETS[preset])
-        model = train_gpt2.GPT(cfg).to(device)
+        shape = train_gpt2.GPTConfig(cfg.block_size, 50304, cfg.n_layer, cfg.n_head, cfg.n_embd)
+        if device.type == "cpu":
+            eager = foretell(shape, compile=False)
+            for rows, gb in foretell(shape).items():
+                fits = next((gpu for gpu in GPUS if gb < min(0.8 * gpu, gpu - 3)), None)
+                table.append({"preset": preset, "rows": rows, "computed_gb": round(gb, 1), "fits_gb": fits,
+                              "eager_gb": round(eager[rows], 1)})
+                print("    {preset:12} {rows:3} rows: {computed_gb:6.1f} GB, fits {fits_gb}; eager {eager_gb:6.1f} GB"
+                      .format(**table[-1]))
+            continue
+        model = train_gpt2.GPT(shape).to(device)
         optimizers = train_gpt2.configure_optimizers(model, cfg, device)
-        compiled = torch.compile(model, dynamic=False)
-        world = train_gpt2.World(replace(cfg, device=device.type))
-        for rows in (1, 2, 4, 8, 16, 32, 64):
+        fast, world = compiled(model), train_gpt2.World(replace(cfg, device=device.type))
+        for rows in ROWS:
             x = torch.randint(50257, (1, rows, cfg.block_size), device=device)
 
             def step():
-                train_gpt2.train_step(compiled, optimizers, x, x, cfg.max_lr, cfg, world)[0].item()
+                train_gpt2.train_step(fast, optimizers, x, x, cfg.max_lr, cfg, world)[0].item()
 
             try:
                 torch.cuda.reset_peak_memory_stats()
                 in_turn({"warm up": step}, 3)
-                seconds, _ = in_turn({"step": step}, rounds)
+                seconds = in_turn({"step": step}, rounds)
             except torch.OutOfMemoryError:
                 print(f"    {preset:12} {rows:3} rows: out of memory")
                 break
             table.append({"preset": preset, "rows": rows, "memory_gb": torch.cuda.max_memory_allocated() / 1e9,
                           "tok_s": round(x.numel() / statistics.median(seconds["step"]))})
             print("    {preset:12} {rows:3} rows: {memory_gb:6.1f} GB, {tok_s:9,} tok/s".format(**table[-1]))
-        del model, compiled, optimizers
+        del model, fast, optimizers
         torch.cuda.empty_cache()
     return {"table": table}
 
@@ -383,44 +420,36 @@ def bench_rows(device="cuda", rounds=3, presets=("gpt2", "gpt2-medium", "gpt2-la
 # ------------------------------------------------------------------------------------------------------------
 # learning: what a recipe reaches, in tokens and in seconds
 
-# nanoGPT's recipe for a laptop (its README: 4 layers of 128, 64 tokens, 12 rows, 2,000 steps), in our flags. Its
-# beta2 of 0.99 is no flag here.
-NANOGPT = ["--block_size=64", "--n_layer=4", "--n_head=4", "--n_embd=128", "--total_batch_size=768",
-           "--max_steps=2000", "--max_lr=1e-3", "--min_lr=1e-4", "--warmup_steps=100", "--optimizer=adamw"]
+# nanoGPT's recipe for a laptop (its README) in our flags, but for its beta2 of 0.99.
+NANOGPT = ["--block_size=64", "--n_layer=4", "--n_head=4", "--n_embd=128", "--total_batch_size=768", "--max_steps=2000",
+           "--max_lr=1e-3", "--min_lr=1e-4", "--warmup_steps=100", "--optimizer=adamw"]
 QUIET = ["--hellaswag_every=0", "--sample_every=0", "--checkpoint_every=0", "--device=cpu", "--val_tokens=100000"]
 
 
 def learn(data_dir, *flags):
-    """One run of train_gpt2.py -> (val losses by step, bits per byte at the end, seconds in steps, tokens a step)."""
+    """One run of train_gpt2.py -> (val losses by step, nats per byte at the end, seconds in steps)."""
     with tempfile.TemporaryDirectory() as log_dir, contextlib.redirect_stdout(io.StringIO()):
-        meta = train_gpt2.read_meta(data_dir)
-        words = [f"--data_dir={data_dir}", f"--vocab_size={-(-meta['vocab_size'] // 128) * 128}",
-                 f"--log_dir={log_dir}", *QUIET, *flags]
-        cfg, _ = train_gpt2.parse_config("train", words)
-        values = train_gpt2.train(cfg)
+        meta = fineweb.read_meta(data_dir)
+        values = train_gpt2.main([f"--data_dir={data_dir}", f"--log_dir={log_dir}", *QUIET, *flags])
+        batch = json.loads(Path(log_dir, "config.json").read_text())["total_batch_size"]
     val = [shard for shard in meta["shards"] if shard["split"] == "val"]
     tokens_per_byte = sum(shard["tokens"] for shard in val) / sum(shard["bytes"] for shard in val)
-    bits = values["val"][cfg.max_steps] / math.log(2) * tokens_per_byte
-    return values["val"], bits, sum(cfg.total_batch_size / r for r in values["tok/s"].values()), cfg.total_batch_size
+    nats = values["val"][max(values["val"])] * tokens_per_byte
+    return values["val"], nats, sum(batch / rate for rate in values["tok/s"].values())
 
 
-# The way from there to `--preset laptop`, and what leads away from it: (name, tokenizer, flags on top of the preset).
-# The steps of each are as many as took the seconds of nanoGPT's recipe on two cores without bfloat16.
-SMALL = ["--n_layer=4", "--n_head=4", "--n_embd=128"]
+# (name, tokenizer, flags on top of the preset)
 RECIPES = [("nanoGPT's recipe", "bytes", NANOGPT),
-           ("Muon instead of AdamW, 16 rows", "bytes", [*SMALL, "--total_batch_size=1024", "--max_steps=1050"]),
-           ("1,024 ids instead of bytes, 32 rows", "bpe:1024", [*SMALL, "--max_steps=640"]),
-           ("two layers of 192 instead of four of 128", "bpe:1024", ["--max_steps=650"]),
-           ("2,048 ids: --preset laptop", "bpe:2048", []),
-           ("with AdamW at 2e-3", "bpe:2048", ["--optimizer=adamw", "--max_lr=2e-3", "--max_steps=650"]),
-           ("with AdamW at 4e-3", "bpe:2048", ["--optimizer=adamw", "--max_lr=4e-3", "--max_steps=650"]),
-           ("with a context of 128", "bpe:2048", ["--block_size=128", "--max_steps=530"]),
-           ("with 4,096 ids", "bpe:4096", ["--max_steps=390"])]
+           ("--preset laptop", "bpe:2048", []),
+           ("with a weight decay of 0.1", "bpe:2048", ["--weight_decay=0.1"]),
+           ("with AdamW at 2e-3", "bpe:2048", ["--optimizer=adamw", "--max_lr=2e-3", "--min_lr=2e-5"]),
+           ("with four layers of 128", "bpe:2048", ["--n_layer=4", "--n_head=4", "--n_embd=128"]),
+           ("with a context of 128", "bpe:2048", ["--block_size=128"]),
+           ("with 1,024 ids", "bpe:1024", [])]
 
 
 def bench_laptop(text=None, rounds=1):
-    """`--preset laptop` against nanoGPT's recipe and others in between, on the builtin text or on the first 1.1 MB of
-    a file: bits and nats per byte on the held-out tenth, and the seconds spent in training steps."""
+    """`--preset laptop` against nanoGPT's recipe and others, on the builtin text or the first 1.1 MB of a file."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         source = ["builtin"]
@@ -431,14 +460,13 @@ def bench_laptop(text=None, rounds=1):
         for name, tokenizer, flags in RECIPES:
             data = Path(folder, tokenizer)
             if not data.exists():
-                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                with contextlib.redirect_stdout(io.StringIO()):
                     fineweb.main(["--source", *source, "--tokenizer", tokenizer, "--out", str(data)])
             preset = [] if flags is NANOGPT else ["--preset=laptop"]
-            _, bits, seconds, _ = learn(data, *preset, *flags, "--val_every=10000")
-            rows.append({"recipe": name, "tokenizer": tokenizer, "flags": " ".join(preset + flags),
-                         "bits_per_byte": round(bits, 4), "nats_per_byte": round(bits * math.log(2), 4),
-                         "seconds": round(seconds, 1)})
-            print(f"    {name:42} {bits:.3f} bits per byte in {seconds:.0f} s", flush=True)
+            _, nats, seconds = learn(data, *preset, *flags, "--val_every=10000")
+            rows.append(dict(recipe=name, tokenizer=tokenizer, flags=" ".join(preset + flags),
+                             seconds=round(seconds, 1), nats_per_byte=round(nats, 4)))
+            print(f"    {name:42} {nats:.3f} nats per byte in {seconds:.0f} s", flush=True)
     return {"text": "a text file" if text else "builtin", "threads": torch.get_num_threads(), "recipes": rows}
 
 
@@ -476,144 +504,19 @@ def bench_muon(rounds=1, steps=600):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# tokenising: documents to shards on the disk
-
-def start_usual(encoding):
-    WORKER["encoding"] = encoding
-
-
-def tokenise_usual(text):
-    """What most preparation scripts do: a Python list of tokens, then an array, document by document."""
-    encoding = WORKER["encoding"]
-    return np.array([encoding.eot_token] + encoding.encode_ordinary(text)).astype(np.uint16)
-
-
-def write_usual(documents, out, encoding, workers):
-    """The usual way, end to end: `Pool.imap` in chunks of 16 documents, an array that fills up, `np.save`."""
-    shard, filled, number = np.empty(SHARD, np.uint16), 0, 0
-    with multiprocessing.Pool(workers, start_usual, (encoding,)) as pool:
-        for tokens in pool.imap(tokenise_usual, documents, chunksize=16):
-            while len(tokens):
-                piece, tokens = np.split(tokens, [SHARD - filled])
-                shard[filled:filled + len(piece)] = piece
-                filled += len(piece)
-                if filled == SHARD:
-                    np.save(Path(out, f"{number}.npy"), shard)
-                    filled, number = 0, number + 1
-    np.save(Path(out, f"{number}.npy"), shard[:filled])
-
-
-def bench_tokenising(text=None, workers=2, rounds=5, megabytes=60):
-    """`fineweb.write_shards` against the usual way, on documents of 4,500 characters.
-
-    Returns MB/s of each (median), how many times faster ours is (median of the rounds; by processor time
-    too), and where the time goes: the share of it in which the main process waits for the workers. While it
-    waits, tokenising is what holds the job up, and more workers would help. """
-    encoding = fineweb.load_tokenizer("gpt2")
-    source = "a text file" if text else "builtin"
-    text = Path(text).read_text(encoding="utf-8") if text else "\n\n".join(fineweb.builtin_documents())
-    documents = [text[i:i + 4500] for i in range(0, len(text), 4500)]
-    documents *= max(1, round(megabytes * 1e6 / len(text.encode())))
-    size = sum(len(document.encode()) for document in documents)
-    waited = []
-
-    def usual():
-        with tempfile.TemporaryDirectory() as out:
-            write_usual(documents, out, encoding, workers)
-
-    def ours():
-        with tempfile.TemporaryDirectory() as out:
-            cpu = time.process_time()
-            begin = time.perf_counter()
-            fineweb.write_shards(documents, out, encoding, shard_size=SHARD, workers=workers)
-            waited.append(1 - (time.process_time() - cpu) / (time.perf_counter() - begin))
-
-    clock, work = in_turn({"usual": usual, "ours": ours}, rounds)
-    rate = {name: round(size / statistics.median(times) / 1e6, 1) for name, times in clock.items()}
-    return {"usual_MB_per_s": rate["usual"], "ours_MB_per_s": rate["ours"],
-            "times_faster": median_ratio(clock["usual"], clock["ours"]),
-            "each_round": [round(a / b, 2) for a, b in zip(clock["usual"], clock["ours"])],
-            "times_faster_by_processor_time": median_ratio(work["usual"], work["ours"]),
-            "main_process_waits": round(statistics.median(waited), 2),
-            "workers": workers, "megabytes": round(size / 1e6, 1), "text": source}
-
-
-# ------------------------------------------------------------------------------------------------------------
-# HellaSwag: from questions to the log p of every ending
-
-def hellaswag_usual(model, examples, encode, autocast):
-    """The usual way: a forward a question, its four rows padded, all logits -> sums of log p (n, 4)."""
-    sums, device = [], next(model.parameters()).device
-    with torch.no_grad():
-        for example in examples:
-            _, tokens, mask, _ = hellaswag.render_example(example, encode)
-            tokens, mask = tokens.to(device), mask.to(device)
-            with autocast:
-                logits, _ = model(tokens)
-            losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(),
-                                     reduction="none").view(4, -1)
-            sums.append(-(losses * mask[:, 1:]).sum(1))
-        return torch.stack(sums).double().cpu()
-
-
-def bench_hellaswag(n=None, rounds=5):
-    """`hellaswag.score` against the usual way: the 124M model, random weights, in float32 and in bfloat16.
-
-    n questions (40; on a GPU 1,000), spread evenly over the file that HELLASWAG_DIR names or that is
-    downloaded, or else the twelve of the tests. Returns for each dtype examples/s of each way (median), how
-    many times faster ours is (median of the rounds; by processor time too), and by how much their sums of
-    log p differ at most. """
-    device = train_gpt2.pick_device("auto")
-    try:
-        examples = list(hellaswag.iterate_examples())
-    except fineweb.UserError:
-        examples = list(hellaswag.iterate_examples(path=ROOT / "tests" / "hellaswag_fixture.jsonl")) * 4
-    n = min(n or (40 if device.type == "cpu" else 1000), len(examples))
-    examples = examples[::len(examples) // n][:n]
-    tokenizer = fineweb.load_tokenizer("gpt2")
-    torch.manual_seed(0)
-    model = train_gpt2.GPT(train_gpt2.TrainConfig()).to(device).eval()
-    results = {"questions": n, "device": str(device), "threads": torch.get_num_threads()}
-    for dtype in (torch.float32, torch.bfloat16):
-        autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-        sums = {}
-
-        def usual():
-            sums["usual"] = hellaswag_usual(model, examples, tokenizer.encode_ordinary, autocast)
-
-        def ours():
-            # packed: without the trial on one question, which is little beside 10,042 of them but much beside 40
-            sums["ours"], _ = hellaswag.score(model, examples, tokenizer, dtype=dtype, packed=True)
-
-        usual(), ours()  # once unmeasured: the first calls pick kernels and fill caches
-        clock, work = in_turn({"usual": usual, "ours": ours}, rounds)
-        name = str(dtype).removeprefix("torch.")
-        for way, times in clock.items():
-            results[f"{way}_per_s_{name}"] = round(n / statistics.median(times), 2)
-        results[f"times_faster_{name}"] = median_ratio(clock["usual"], clock["ours"])
-        results[f"times_faster_by_processor_time_{name}"] = median_ratio(work["usual"], work["ours"])
-        results[f"each_round_{name}"] = [round(a / b, 2) for a, b in zip(clock["usual"], clock["ours"])]
-        results[f"largest_difference_{name}"] = round((sums["usual"] - sums["ours"]).abs().max().item(), 5)
-    return results
-
-
-# ------------------------------------------------------------------------------------------------------------
 # running and keeping
 
-BENCHES = {"ladders": bench_ladder, "loader": bench_loader, "start": bench_start, "processes": bench_processes,
-           "rows": bench_rows, "tokenising": bench_tokenising, "hellaswag": bench_hellaswag, "laptop": bench_laptop,
-           "muon": bench_muon}
-QUICK = ("ladders", "loader", "start", "processes")  # minutes, without a vocabulary or a file from elsewhere
+BENCHES = {"ladder": bench_ladder, "rows": bench_rows, "laptop": bench_laptop, "muon": bench_muon}
 
 
 def machine(device):
     """What a number belongs to: processor or GPU, versions, commit, date, command."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()}, {os.cpu_count()} cores"
-    versions = {package: version(package) for package in ("torch", "numpy", "transformers", "tiktoken")}
-    return {"device": device, "machine": name, "torch": versions["torch"], "python": platform.python_version(),
-            "versions": versions, "commit": commit or None, "date": datetime.date.today().isoformat(),
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    return {"device": device, "machine": name, "torch": torch.__version__, "python": platform.python_version(),
+            "transformers": version("transformers"), "commit": commit or None,
+            "date": datetime.date.today().isoformat(),
             "command": " ".join(["python lessons/measure_speed.py", *(word.split("/")[-1] for word in sys.argv[1:])])}
 
 
@@ -628,36 +531,28 @@ def cpu_name():
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("names", nargs="*", help=f"which ones of {', '.join(BENCHES)} (default: {', '.join(QUICK)})")
-    parser.add_argument("--text", help="a text file for tokenising and laptop (default: the builtin text)")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("names", nargs="*", help=f"which ones of {', '.join(BENCHES)} (default: ladder)")
+    parser.add_argument("--text", help="a text file for laptop (default: the builtin text)")
     parser.add_argument("--rounds", type=int, default=3, help="how often the ways take turns")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--out", type=Path, default=ROOT / "lessons" / "measured")
     args = parser.parse_args(argv)
-    names = ["ladders" if name == "ladder" else name for name in args.names or QUICK]
+    names = args.names or ["ladder"]
     if unknown := set(names) - set(BENCHES):
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHES)}")
-    own = {"ladders": {"device": args.device}, "processes": {"device": args.device}, "rows": {"device": args.device},
-           "tokenising": {"text": args.text, "workers": args.workers},
-           "laptop": {"text": args.text}}
+    own = {"ladder": dict(device=args.device), "rows": dict(device=args.device), "laptop": dict(text=args.text)}
     path = args.out / f"speed_{args.device}.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
     args.out.mkdir(parents=True, exist_ok=True)
     for name in names:
-        rounds = {} if name == "loader" else {"rounds": args.rounds}
-        result = BENCHES[name](**own.get(name, {}), **rounds)
-        if name == "ladders":
+        result = BENCHES[name](**own.get(name, {}), rounds=args.rounds)
+        if name == "ladder":
             kept |= {"ladders": result} | machine(args.device)
-            continue
-        if name == "muon":  # no matter of speed: the same on any device
+            draw_ladder(kept, args.out / "ladder.png")
+        elif name == "muon":  # not a matter of speed: the same on any device
             (args.out / "muon.json").write_text(json.dumps(result | machine(args.device), indent=1) + "\n")
-            continue
-        kept[f"{name} on a text file" if args.text and name in ("laptop", "tokenising") else name] = (
-            result | machine(args.device))
-        print(name)
-        for key, value in result.items():
-            print(f"    {key:32} {value}")
+        else:
+            kept[f"{name} on a text file" if args.text else name] = result | machine(args.device)
     path.write_text(json.dumps(kept, indent=1) + "\n")
 
 
