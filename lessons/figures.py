@@ -499,7 +499,7 @@ def log_anatomy(log, levels, warmup):
     top.plot(list(val), list(val.values()), "o-", color=ORANGE, label="val: the same text each time")
     for name, level in levels.items():
         top.axhline(level, color=GRAY, ls=":", lw=1.2)
-        top.text(end, level + 0.04, name, ha="right", va="bottom", size=10.5, color=QUIET)
+        top.text(end, level - 0.05, name, ha="right", va="top", size=10.5, color=QUIET)
 
     def point(ax, text, xy, at):
         ax.annotate(text, xy, at, size=10.5, va="center", color=INK,
@@ -512,14 +512,14 @@ def log_anatomy(log, levels, warmup):
     last = list(val)[-2:]
     point(top, f"from step {last[0]} to {last[1]}: {val[last[0]] - val[last[1]]:.3f} nats", (last[1], val[last[1]]),
           (0.62 * end, val[last[1]] + 0.95))
-    top.set(ylabel="loss, nats a token", ylim=(min(min(train.values()), *levels.values()) - 0.3, first + 0.6),
+    top.set(ylabel="loss, nats a token", ylim=(min(min(train.values()), *levels.values()) - 0.5, first + 0.6),
             title="What has the model understood so far?")
     top.legend(loc="lower left")
     rate, norm = log["lr"], log["norm"]
     bottom.plot(list(norm), list(norm.values()), lw=1, color=VIOLET, label="norm of the gradient")
     bottom.plot(list(rate), [value / max(rate.values()) for value in rate.values()], color=GREEN,
                 label=f"learning rate (1 is {max(rate.values()):g})")
-    bottom.axhline(1.0, color=RED, ls=":", lw=1.2)
+    bottom.axhline(1.0, color=RED, ls=":", lw=1.2, label="grad_clip: a longer gradient is cut to this")
     point(bottom, f"warm-up ends: step {warmup}", (warmup, 1), (0.12 * end, 2.6))
     bottom.set(xlabel="step", ylim=(0, max(3.2, 1.1 * max(norm.values()))), title="Are the steps of a sane size?")
     bottom.legend(loc="upper right")

@@ -76,6 +76,8 @@ def draw_logs(logs):
     for name in panels.keys() & GPT2_124M.keys() if comparable else ():
         panels[name].axhline(GPT2_124M[name], color="red", label=f"GPT-2 (124M): {GPT2_124M[name]:.4f}")
         for marker, (run, points) in zip("xd", PUBLIC_RUNS.items()):
+            if run in logs:  # drawn as a log already
+                continue
             steps = [step for step in points[name] if step <= end]
             panels[name].scatter(steps, [points[name][step] for step in steps], marker=marker, c="gray", label=run,
                                  zorder=3)  # above the curves
@@ -84,6 +86,7 @@ def draw_logs(logs):
     for name, panel in panels.items():
         panel.set(title=TITLES[name], xlabel="step")
         panel.grid(alpha=0.3)
+        panel.locator_params(axis="x", nbins=6)
         if name in ("loss", "hella") and panel.get_legend_handles_labels()[0]:
             panel.legend(fontsize="small")
     panels["loss"].set_yscale("log")  # the end of a run, where little moves, deserves room too
