@@ -259,22 +259,24 @@ class GPT(nn.Module):
 
         Only config.json and *.safetensors are read: neither can hold code. UserError if they don't hold a GPT-2.
         """
-        from transformers import GPT2LMHeadModel
+        from transformers import GPT2Config, GPT2LMHeadModel, logging
+        logging.set_verbosity_error()  # what is wrong with a folder is said below, in one line
+        folder = fetch_pretrained(name_or_folder)
         try:
-            hf, report = GPT2LMHeadModel.from_pretrained(fetch_pretrained(name_or_folder), use_safetensors=True,
-                                                         dtype=torch.float32, output_loading_info=True)
-        except UserError:
-            raise
+            c = GPT2Config.from_pretrained(folder)
+            wrong = [f"{key} is {getattr(c, key)!r}" for key, value in HF_CONFIG.items() if getattr(c, key) != value]
+            if not wrong:
+                hf, report = GPT2LMHeadModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32,
+                                                             output_loading_info=True)
+                # Tensors missing or unknown. Older files hold the causal mask too; mind the dot: c_attn.bias counts.
+                wrong = sorted(f"{name} missing or unknown" for names in report.values() for name in names
+                               if not name.endswith((".attn.bias", ".attn.masked_bias")))
+                wrong += ["lm_head and wte differ"] * (not torch.equal(hf.lm_head.weight, hf.transformer.wte.weight))
         except Exception as error:  # no such file, a damaged one, a wrong shape: each library has its own class
-            raise UserError(f"{name_or_folder} holds neither a checkpoint (ckpt_*.pt) nor a GPT-2 in Hugging Face's "
-                            f"layout with safetensors ({fineweb.one_line(error)})") from error
-        wrong = [f"{key} is {getattr(hf.config, key)!r}" for key, value in HF_CONFIG.items()
-                 if getattr(hf.config, key) != value]
-        wrong += sorted(str(name) for names in report.values() for name in names)  # tensors missing or unknown
-        wrong += ["lm_head and wte differ"] * (not torch.equal(hf.lm_head.weight, hf.transformer.wte.weight))
+            raise UserError(f"{folder} holds neither a checkpoint (ckpt_*.pt) nor a GPT-2 in Hugging Face's layout "
+                            f"with safetensors ({fineweb.one_line(error)})") from error
         if wrong:
-            raise UserError(f"{name_or_folder} is not a GPT-2 as OpenAI released it: {', '.join(wrong[:3])}")
-        c = hf.config
+            raise UserError(f"{folder} is not a GPT-2 as OpenAI released it: {', '.join(wrong[:3])}")
         model = cls(GPTConfig(block_size=c.n_positions, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head,
                               n_embd=c.n_embd))
         stored = dict(hf.named_parameters())
@@ -340,7 +342,7 @@ class Corpus:
         self.first = np.cumsum([0, *counts])  # number of the first window of each shard
         self.n_windows = int(self.first[-1])
         if self.n_windows == 0:
-            raise UserError(f"the {split} split of {data_dir} is shorter than --block_size {block_size} + 1: use more text")
+            raise UserError(f"the {split} split of {data_dir} is shorter than --block_size {block_size}: use more text")
         for number, count in zip(self.first, counts):  # a wrong vocabulary shows here, not after an hour
             self.windows(range(number, number + min(count, 16)))
 
@@ -600,7 +602,7 @@ def evaluate_loss(model, corpus, B, cfg, world):
     too much weight.
     """
     n, T = min(max(1, cfg.val_tokens // cfg.block_size), corpus.n_windows), cfg.block_size
-    losses, count = [torch.zeros((), device=world.device)], 0            # ()
+    losses, count = [torch.zeros((), device=world.device)], 0
     with evaluating(model):
         for start in range(world.rank * B, n, world.size * B):
             tokens = corpus.windows(range(start, min(start + B, n)))
@@ -883,7 +885,7 @@ def fit_micro_batch(model, cfg, world):
 
     # Kernels that count with 32 bits have failed on 2^31 logits and more.
     most = (2**31 - 1) // (cfg.block_size * cfg.vocab_size) if cuda else 4096 // cfg.block_size
-    for B in range(max(1, most), 0, -1):
+    for B in range(max(1, min(most, rows)), 0, -1):
         if rows % B == 0 and (not tried or B <= tried[-1] // 2):
             if not cuda:
                 return B
@@ -1050,7 +1052,7 @@ def find_checkpoint(source):
         try:
             # weights_only: a pickle is a program that builds objects, and could do anything else too; this way it may
             # only build tensors, numbers, strings, lists and dicts. mmap: what isn't used is never read.
-            found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            found = dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
             model_config(found["config"])
             return {key: found[key] for key in ("step", "config", "data", "tokenizer", "model", "optimizers", "scaler")}
         except Exception as error:  # damaged files fail in a dozen ways
@@ -1078,7 +1080,7 @@ def restore(checkpoint, model, optimizers, data, tokenizer, cfg, world):
     if differences:
         raise UserError(f"--resume: the run in {cfg.log_dir} has other settings ({', '.join(differences)}): give it "
                         "its own, or start a new one in another --log_dir")
-    model.load_state_dict(checkpoint["model"])
+    load_weights(model, checkpoint)
     for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
         for group, saved in zip(optimizer.param_groups, state["param_groups"]):
             # the averages are the checkpoint's, the settings those of cfg
@@ -1089,6 +1091,15 @@ def restore(checkpoint, model, optimizers, data, tokenizer, cfg, world):
     if world.any(world.sum(torch.tensor(float(checkpoint["step"]))).item() != checkpoint["step"] * world.size):
         raise UserError(f"--log_dir {cfg.log_dir} holds other checkpoints on other machines: use a folder they share")
     return checkpoint["step"]
+
+
+def load_weights(model, checkpoint):
+    """The weights of a checkpoint into a model. UserError if the code has changed since, and the model with it."""
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        raise UserError("the weights of the checkpoint don't have the names and shapes of this model: "
+                        f"{fineweb.one_line(error)}") from error
 
 
 # ------------------------------------------------------------------- 11. the command line and the other actions
@@ -1128,12 +1139,13 @@ def read_model(source):
     if checkpoint is None:
         return GPT.from_pretrained(source), None
     model = GPT(model_config(checkpoint["config"]))
-    model.load_state_dict(checkpoint["model"])
+    load_weights(model, checkpoint)
     model.n_vocab, model.eot = checkpoint["data"]["n_vocab"], checkpoint["data"]["eot"]
     return model, checkpoint
 
 
 def checkpoint_tokenizer(checkpoint):
+    """The tokenizer that a checkpoint carries, as one string; GPT-2's, which is known, it does not."""
     name, text = checkpoint["data"]["tokenizer"], checkpoint["tokenizer"]
     if text is None and name != "gpt2":
         raise UserError(f"the run had no tokenizer at hand ({name}), and so its checkpoint has none")
@@ -1251,8 +1263,9 @@ def check_sizes(cfg, meta, train, world):
         raise UserError(f"{cfg.data_dir} has a vocabulary of {meta['vocab_size']} ids ({meta['tokenizer']}), the model "
                         f"one of {cfg.vocab_size}: leave --vocab_size out, or use other data")
     if cfg.total_batch_size > most:
-        raise UserError(f"{cfg.data_dir} has {train.n_tokens} train tokens, less than a step of {cfg.total_batch_size}: "
-                        "use more text, or " + (f"--total_batch_size {most}" if most else "a smaller --block_size"))
+        raise UserError(f"{cfg.data_dir} has {train.n_tokens} train tokens, less than a step of "
+                        f"{cfg.total_batch_size}: use more text, or "
+                        + (f"--total_batch_size {most}" if most else "a smaller --block_size"))
 
 
 # ---- what a run says of itself
@@ -1417,7 +1430,10 @@ def parse_config(action, argv):
         if checkpoint:
             found = checkpoint["config"]
         else:  # config.json of a Hugging Face folder, under its names and ours
-            found = read_json(Path(fetch_pretrained(init), "config.json"))
+            file = Path(fetch_pretrained(init), "config.json")
+            if not file.exists():
+                raise UserError(f"{init} holds neither a checkpoint (ckpt_*.pt) nor a GPT-2 in Hugging Face's layout")
+            found = read_json(file)
             found["block_size"] = found.get("n_positions", GPTConfig.block_size)
         found = asdict(model_config(found)) if action == "train" or not checkpoint else found
         settings = {**found, **settings, "init": init}
@@ -1431,7 +1447,9 @@ def parse_config(action, argv):
 def make_parser(action):
     """A parser whose flags are the fields of TrainConfig, and whose help is the comments after them."""
     def yes_or_no(text):  # type=bool would take any word for a yes, "0" and "False" too
-        return {"0": False, "False": False, "1": True, "True": True}[text]
+        if text not in ("0", "1", "False", "True"):
+            raise ValueError
+        return text in ("1", "True")
 
     def rows(text):
         return text if text == "auto" else int(text)
@@ -1458,20 +1476,15 @@ def check_config(cfg):
     positive = ("block_size", "n_layer", "n_head", "n_embd", "total_batch_size", "micro_batch_size", "max_steps",
                 "max_lr", "val_tokens", "keep_checkpoints")
     for field in fields(cfg):
-        name, value, kind = field.name, getattr(cfg, field.name), field.type
-        if typing.get_origin(kind) is Literal:
-            right = value in typing.get_args(kind)
-        elif kind is float:  # JSON may write 1.0 as 1
-            right = type(value) in (int, float) and value >= 0 and math.isfinite(value)
-        else:
-            right = type(value) in (typing.get_args(kind) or (kind,)) and not (type(value) is int and value < 0)
-        if name == "micro_batch_size" and isinstance(value, str):
-            right = value == "auto"
-        if not right or (name in positive and value == 0):
-            raise UserError(f"--{name} {value}: can't be used, it must be " + (
-                " or ".join(typing.get_args(kind)) if typing.get_origin(kind) is Literal else
-                f"{'above' if name in positive else 'at least'} 0" if kind in (int, float) or name in positive else
-                f"of type {kind}"))
+        name, value, kinds = field.name, getattr(cfg, field.name), typing.get_args(field.type) or (field.type,)
+        number = type(value) in (int, float)
+        if type(kinds[0]) is str or (name == "micro_batch_size" and not number):
+            if value not in (*kinds, "auto"):
+                raise UserError(f"--{name} {value}: choose from {', '.join(map(str, kinds))}")
+        elif type(value) not in kinds and not (number and float in kinds):  # JSON may write 1.0 as 1
+            raise UserError(f"--{name} {value!r}: must be {' or '.join(kind.__name__ for kind in kinds)}")
+        elif number and not (0 < value < math.inf or (value == 0 and name not in positive)):
+            raise UserError(f"--{name} {value}: must {'be above 0' if name in positive else 'not be negative'}")
     if cfg.n_embd % cfg.n_head:
         raise UserError(f"--n_embd {cfg.n_embd} is not a multiple of --n_head {cfg.n_head}")
     if cfg.min_lr > cfg.max_lr:

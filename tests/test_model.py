@@ -5,7 +5,9 @@ comparisons shake every parameter first; those on plain weights are there for th
 noise would drown.
 """
 import copy
+import inspect
 import math
+import re
 
 import pytest
 import torch
@@ -98,6 +100,25 @@ def test_attention_written_a_second_time():
     assert gap(attention(x), want) < 1e-12
 
 
+def test_attention_written_out_in_a_comment_is_the_fused_call():
+    """The four commented lines beside the fused kernel are run, on numbers of their own."""
+    source = inspect.getsource(CausalSelfAttention.forward)
+    lines = re.findall(r"^        #     (.*)$", source, re.MULTILINE)
+    assert len(lines) == 4
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 7, 6, dtype=torch.float64)
+    names = dict(q=q, k=k, v=v, T=7, torch=torch, math=math, F=F)
+    exec("\n".join(lines), names)
+    assert gap(names["y"], F.scaled_dot_product_attention(q, k, v, is_causal=True)) < 1e-12
+
+
+def test_logits_beside_a_loss_carry_no_gradient():
+    """A compiled backward pass would get a (B, T, V) tensor of zeros for them."""
+    model, idx = tiny_model(), random_ids(2, 5)
+    logits, loss = model(idx, idx)
+    assert not logits.requires_grad and loss.requires_grad and torch.equal(logits, model(idx)[0])
+
+
 def test_a_block_normalises_before_each_part_and_only_adds():
     torch.manual_seed(0)
     block = shake(Block(GPTConfig(**TINY)))
@@ -140,8 +161,10 @@ def test_inputs_and_targets_may_be_slices_of_one_buffer():
 
 
 def test_no_more_tokens_than_positions():
-    with pytest.raises(IndexError):
+    with pytest.raises(AssertionError, match="12 tokens .* block_size is 11"):
         tiny_model()(random_ids(1, 12))
+    with pytest.raises(AssertionError, match="multiple of n_head"):
+        GPT(GPTConfig(**{**TINY, "n_head": 5}))
 
 
 @pytest.mark.parametrize("name, count", [("gpt2", 124_439_808), ("gpt2-medium", 354_823_168),
@@ -320,32 +343,6 @@ def test_the_order_of_tokens_matters():
     assert gap(model(idx)[0][:, -1], model(swapped)[0][:, -1]) > 0.1
 
 
-def test_pos_and_mask_pack_several_texts_into_one_row():
-    """Two texts in a row, each with its own positions and blind to the other, are what they are alone."""
-    model, a, b = tiny_model(), random_ids(1, 4), random_ids(1, 6, seed=3)
-    pos = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4, 5])
-    text = torch.tensor([0] * 4 + [1] * 6)
-    mask = (text[:, None] == text) & (pos[None, :] <= pos[:, None])
-    packed = torch.cat([a, b], dim=1)
-    want = torch.cat([model.hidden(a), model.hidden(b)], dim=1)
-    assert gap(model.hidden(packed, pos, mask), want) < 1e-5
-    # The same with a row of positions and a mask for each row of the batch.
-    twice = model.hidden(packed.repeat(2, 1), pos.repeat(2, 1), mask.expand(2, 1, 10, 10))
-    assert gap(twice, want.repeat(2, 1, 1)) < 1e-5
-
-
-def test_pos_and_mask_put_endings_behind_a_shared_context():
-    model, context = tiny_model(), random_ids(1, 4)
-    endings = [random_ids(1, 3, seed=3), random_ids(1, 2, seed=4)]
-    pos = torch.tensor([0, 1, 2, 3, 4, 5, 6, 4, 5])
-    part = torch.tensor([0] * 4 + [1] * 3 + [2] * 2)
-    mask = ((part == part[:, None]) | (part == 0)) & (pos <= pos[:, None])
-    packed = model.hidden(torch.cat([context, *endings], dim=1), pos, mask)
-    for ending, at in zip(endings, (slice(4, 7), slice(7, 9))):
-        alone = model.hidden(torch.cat([context, ending], dim=1))
-        assert gap(packed[:, at], alone[:, 4:]) < 1e-5
-
-
 def test_hidden_is_what_lm_head_reads():
     model, idx = tiny_model(), random_ids(2, 5)
     assert gap(model.hidden(idx) @ model.transformer.wte.weight.T, model(idx)[0]) < 1e-5
@@ -475,8 +472,7 @@ def test_ids_that_pad_the_vocabulary_are_never_drawn():
 
 def test_how_many_ids_can_be_drawn():
     with torch.device("meta"):
-        assert GPT(GPTConfig(vocab_size=50304)).n_vocab == 50257
-        assert GPT(GPTConfig()).n_vocab == 50257
+        assert GPT(GPTConfig()).n_vocab == 50257 and GPT(GPTConfig()).eot == 50256
         assert GPT(GPTConfig(**TINY)).n_vocab == 37
 
 
