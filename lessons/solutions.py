@@ -657,28 +657,6 @@ def ex09_2(step, cfg):
     return cfg.min_lr + (cfg.max_lr - cfg.min_lr) * min(1, left / n)
 
 
-def check_ex09_3(answer):
-    from unittest import mock
-    for m, n in ((40, 12), (12, 40), (20, 20)):
-        G = torch.randn(m, n, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-        U, _, Vt = torch.linalg.svd(G, full_matrices=False)
-        want = U @ Vt
-        banned = mock.Mock(side_effect=AssertionError("without a decomposition: products are enough"))
-        with mock.patch.multiple(torch.linalg, svd=banned, eigh=banned, qr=banned), \
-                mock.patch.multiple(torch, svd=banned):
-            got = answer(G.clone())
-        assert got.shape == G.shape, f"({m}, {n}) in, {tuple(got.shape)} out"
-        gap = (got - want).abs().max().item()
-        assert gap < 1e-6, f"({m}, {n}): differs from U V^T by {gap:.1e}"
-
-
-def ex09_3(G):
-    X = G / G.norm()
-    for _ in range(60):
-        X = 1.5 * X - 0.5 * X @ X.T @ X
-    return X
-
-
 def check_ex10_1(answer):
     for W, n in ((2, 2), (3, 12), (4, 8), (5, 25)):
         generator = torch.Generator().manual_seed(W)
@@ -883,6 +861,68 @@ def check_ex12_4(answer):
 def ex12_4(a, b):
     d = torch.tensor(a, dtype=torch.float64) - torch.tensor(b, dtype=torch.float64)
     return d.mean().item(), (d.std() / math.sqrt(len(d))).item()
+
+
+# ---- 13_muon
+
+def check_ex13_1(answer):
+    from unittest import mock
+    for m, n in ((40, 12), (12, 40), (20, 20)):
+        G = torch.randn(m, n, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        U, _, Vt = torch.linalg.svd(G, full_matrices=False)
+        want = U @ Vt
+        banned = mock.Mock(side_effect=AssertionError("without a decomposition: products are enough"))
+        with mock.patch.multiple(torch.linalg, svd=banned, eigh=banned, qr=banned), \
+                mock.patch.multiple(torch, svd=banned):
+            got = answer(G.clone())
+        assert got.shape == G.shape, f"({m}, {n}) in, {tuple(got.shape)} out"
+        gap = (got - want).abs().max().item()
+        assert gap < 1e-6, f"({m}, {n}): differs from U V^T by {gap:.1e}"
+
+
+def ex13_1(G):
+    X = G / G.norm()
+    for _ in range(60):
+        X = 1.5 * X - 0.5 * X @ X.T @ X
+    return X
+
+
+def check_ex13_2(answer):
+    def polar(X):
+        U, _, Vt = torch.linalg.svd(X, full_matrices=False)
+        return U @ Vt
+
+    loudness = torch.tensor([[1.0], [5.0], [0.1]]).repeat_interleave(12, 0)
+    G = loudness * torch.randn(36, 12, generator=torch.Generator().manual_seed(2))
+    got = answer(G.clone(), polar)
+    assert got.shape == (36, 12), f"shape {tuple(got.shape)}, wanted (36, 12)"
+    for name, ours, third in zip("qkv", got.split(12), G.split(12)):
+        gap = (ours.T @ ours - torch.eye(12)).abs().max()
+        assert gap < 1e-4, f"the part of {name} is not orthogonal by itself: off by {gap:.2g}"
+        torch.testing.assert_close(ours, polar(third), atol=1e-4, rtol=0, msg=f"the part of {name} has lost its directions")
+
+
+def ex13_2(G, polar):
+    return torch.cat([polar(third) for third in G.chunk(3)])
+
+
+def check_ex13_3(answer):
+    from torch.utils.flop_counter import FlopCounterMode
+    from train_gpt2 import orthogonal
+    for m, n, tokens in ((24, 96, 50), (96, 24, 7), (32, 32, 1000)):
+        with FlopCounterMode(display=False) as rounds:
+            orthogonal(torch.randn(m, n))
+        W, x = torch.randn(m, n, requires_grad=True), torch.randn(tokens, n, requires_grad=True)
+        with FlopCounterMode(display=False) as training:
+            (x @ W.T).sum().backward()
+        want = rounds.get_total_flops() / training.get_total_flops()
+        got = float(answer(m, n, tokens))
+        assert abs(got / want - 1) < 1e-6, f"({m}, {n}), {tokens} tokens: {got:.4f}, PyTorch counts {want:.4f}"
+
+
+def ex13_3(m, n, tokens):
+    r, k = min(m, n), max(m, n)
+    return 5 * (2 * r * k * r + 2 * r ** 3 + 2 * r * r * k) / (6 * m * n * tokens)
 
 
 # ---- 14_looking_inside
