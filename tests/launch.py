@@ -24,14 +24,15 @@ from conftest import ROOT
 
 PROGRAM = str(ROOT / "train_gpt2.py")
 FORK = multiprocessing.get_context("forkserver")
-# What the program and this file import; torch imports torch._dynamo when the first optimiser is made.
+# What the program and this file import; torch imports torch._dynamo when the first optimizer is made.
 FORK.set_forkserver_preload(["torch", "torch.distributed", "torch.nn.parallel", "torch._dynamo", "tiktoken",
                              "tokenizers", "pytest"])
 
 # A run of a second: 24 steps of 16 rows, in 4 forwards of 4; 5 checkpoints; 9 evaluations, of 7 batches each.
 TINY = dict(vocab_size=257, block_size=16, n_layer=2, n_head=2, n_embd=16, total_batch_size=256,
             micro_batch_size=4, max_steps=24, max_lr=1e-2, min_lr=1e-3, warmup_steps=4, val_every=3,
-            val_tokens=400, hellaswag_every=0, sample_every=0, checkpoint_every=5, device="cpu")
+            val_tokens=400, hellaswag_every=0, sample_every=0, checkpoint_every=5, device="cpu",
+            dtype="float32")  # the default rounds to bfloat16 where a CPU can compute in it
 
 
 def words(**changes):
@@ -90,9 +91,9 @@ def child(arguments, cwd, env, files, patch):
     os.environ.update(env)
     sys.path.insert(0, str(ROOT))
     torch.set_num_threads(1)
+    sys.argv = [PROGRAM, *arguments]
     if patch:
         patch()
-    sys.argv = [PROGRAM, *arguments]
     runpy.run_path(PROGRAM, run_name="__main__")
 
 
@@ -216,7 +217,7 @@ def farthest(a, b):
 
 
 def assert_same_run(folder, reference, step=TINY["max_steps"]):
-    """Bit by bit the same weights, optimiser state and log; nothing half-written left."""
+    """Bit by bit the same weights, optimizer state and log; nothing half-written left."""
     assert differences(saved(folder, step), saved(reference, step)) == []
     assert log_lines(folder) == log_lines(reference)
     assert list(Path(folder).glob("*.tmp")) == []

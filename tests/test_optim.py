@@ -12,7 +12,8 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from helpers import TINY, FakeWorld, random_ids, tiny_config, tiny_model
-from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig, configure_optimizers, get_lr, orthogonal, train_step
+from train_gpt2 import (GPT, PRESETS, GPTConfig, Muon, TrainConfig, configure_optimizers, get_lr, orthogonal,
+                        train_step)
 
 CPU = torch.device("cpu")
 
@@ -31,17 +32,6 @@ def test_matrices_decay_and_biases_and_norms_do_not():
     assert numbers(adamw.param_groups) == [(50, 124_318_464, 0.1), (98, 121_344, 0.0)]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_every_parameter_is_in_exactly_one_group(optimizer):
-    model = tiny_model()
-    optimizers = configure_optimizers(model, tiny_config(optimizer=optimizer), CPU)
-    owned = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
-    assert len(owned) == len(set(owned)) and set(owned) == {id(p) for p in model.parameters()}
-    for o in optimizers:
-        for g in o.param_groups:
-            assert {p.dim() for p in g["params"]} == ({2} if g["weight_decay"] else {1})
-
-
 def test_adamw_has_gpt3s_settings():
     [adamw] = configure_optimizers(tiny_model(), tiny_config(weight_decay=0.3, max_lr=1e-3), CPU)
     assert isinstance(adamw, torch.optim.AdamW)
@@ -50,11 +40,16 @@ def test_adamw_has_gpt3s_settings():
         assert g["fused"] is True and not g["amsgrad"] and not g["maximize"]
 
 
-def test_fused_only_where_it_exists():
-    with torch.device("meta"):
-        model = GPT(GPTConfig(**TINY))
-    [adamw] = configure_optimizers(model, tiny_config(), torch.device("meta"))
-    assert not adamw.defaults["fused"]
+def test_a_parameter_in_no_optimizer_is_noticed():
+    """Whatever a fork adds, a matrix or a vector, anywhere, is trained; a frozen one is nobody's."""
+    model = tiny_model()
+    model.extra = torch.nn.Linear(5, 7)
+    model.transformer.wpe.weight.requires_grad_(False)
+    for optimizer in ("adamw", "muon"):
+        optimizers = configure_optimizers(model, tiny_config(optimizer=optimizer), CPU)
+        owned = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
+        assert len(owned) == len(set(owned))
+        assert set(owned) == {id(p) for p in model.parameters()} - {id(model.transformer.wpe.weight)}
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -141,11 +136,10 @@ def test_muon_is_pytorchs_without_its_rounding(monkeypatch):
     assert torch.allclose(state, other, rtol=0, atol=2e-6)
 
 
-def test_muon_is_pytorchs_own_off_the_cpu():
-    with torch.device("meta"):
-        model = GPT(GPTConfig(**TINY))
-    muon, _ = configure_optimizers(model, tiny_config(optimizer="muon"), torch.device("meta"))
-    assert type(muon) is torch.optim.Muon and muon.defaults["adjust_lr_fn"] == "match_rms_adamw"
+def test_muon_rounds_to_bfloat16_only_in_a_run_that_does():
+    for dtype, kind in ((torch.bfloat16, torch.optim.Muon), (torch.float32, Muon), (torch.float16, Muon)):
+        muon, _ = configure_optimizers(tiny_model(), tiny_config(optimizer="muon"), CPU, dtype)
+        assert type(muon) is kind and muon.defaults["adjust_lr_fn"] == "match_rms_adamw"
 
 
 # ---- the learning rate
@@ -159,13 +153,6 @@ def test_the_learning_rate_of_the_paper_run():
     assert get_lr(halfway, cfg) == pytest.approx((6e-4 + 6e-5) / 2, rel=1e-3)
     assert 6e-5 < get_lr(19071, cfg) < 6e-5 * 1.00001
     assert get_lr(19072, cfg) == 6e-5
-
-
-def test_the_learning_rate_rises_then_falls_and_is_never_0():
-    rates = [get_lr(step, TrainConfig()) for step in range(19073)]
-    assert min(rates) > 0
-    assert all(a < b for a, b in zip(rates[:714], rates[1:715]))
-    assert all(a > b for a, b in zip(rates[715:], rates[716:]))
 
 
 @pytest.mark.parametrize("warmup, steps", [(0, 50), (10, 50), (1, 2), (49, 50), (30, 100)])
@@ -249,7 +236,7 @@ def furthest(model, other):
 RECIPE = dict(max_lr=1e-2, min_lr=1e-3, warmup_steps=2, max_steps=6, grad_clip=1.0)
 
 
-@pytest.mark.parametrize("A", [1, 2, 3, 4, 12])
+@pytest.mark.parametrize("A", [1, 3, 12])
 def test_six_steps_equal_the_recipe_written_a_second_time(A):
     """Losses, norms and weights; in float64 even twelve micro-batches are one big batch. Three steps are
     clipped and three are not; from the second one on a wrong beta or a late zero_grad would show.
@@ -267,15 +254,7 @@ def test_six_steps_equal_the_recipe_written_a_second_time(A):
     assert [norm > cfg.grad_clip for norm in norms] == [True] * 3 + [False] * 3
 
 
-def test_gradients_below_the_clip_are_left_alone():
-    model, cfg = tiny_model().double(), tiny_config(**{**RECIPE, "grad_clip": 1000.0})
-    other = copy.deepcopy(model)
-    assert max(steps_by_us(model, 3, cfg)[1]) < 1000
-    steps_by_hand(other, 3, cfg)
-    assert furthest(model, other) < 1e-10
-
-
-def updates(cfg, lr=1.0, A=1, world=None):
+def updates(cfg, A=1, world=None, lr=1.0):
     """One step of plain descent, where the update is the gradient -> (updates, gradients, loss, norm)."""
     model = tiny_model().double()
     before = copy.deepcopy(model)
@@ -290,11 +269,14 @@ def length(tensors):
     return math.sqrt(sum(t.square().sum().item() for t in tensors))
 
 
-@pytest.mark.parametrize("A", [1, 3, 12])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("A", [1, 3])
 @pytest.mark.parametrize("clip", [0.5, 0.0, 1000.0])
-def test_clipping_shortens_the_gradient_and_keeps_its_direction(clip, A):
-    """0 means no clipping. The norm returned is the one before, and the same for more micro-batches."""
-    moved, gradients, _, norm = updates(tiny_config(grad_clip=clip), A=A)
+def test_clipping_shortens_the_gradient_and_keeps_its_direction(clip, A, scaled):
+    """0 means no clipping. The norm returned is the one before, the same for more micro-batches, and for a loss
+    that was scaled up for float16."""
+    world = FakeWorld(scaler=torch.amp.GradScaler("cpu", init_scale=2.0 ** 12, enabled=scaled))
+    moved, gradients, _, norm = updates(tiny_config(grad_clip=clip), A, world)
     assert norm.item() == pytest.approx(length(gradients), abs=1e-12) and norm.item() > 1
     factor = 0.5 / norm.item() if clip == 0.5 else 1
     for u, g in zip(moved, gradients):
@@ -303,20 +285,14 @@ def test_clipping_shortens_the_gradient_and_keeps_its_direction(clip, A):
         assert length(moved) == pytest.approx(0.5, rel=1e-5)
 
 
-def test_the_loss_returned_is_the_mean_before_the_update():
-    model = tiny_model().double()
+def test_the_loss_returned_is_the_mean_over_micro_batches_and_processes_before_the_update():
+    model, world = tiny_model().double(), FakeWorld(size=4)
     x, y = batch()
     want = model(x[0], y[0])[1].item()
-    for A in (1, 4):
-        loss = updates(tiny_config(), A=A)[2]
-        assert loss.shape == () and not loss.requires_grad and loss.item() == pytest.approx(want, abs=2e-6)
-
-
-def test_the_loss_is_the_mean_over_processes():
-    world = FakeWorld(size=4)
     world.sum = lambda mine: mine + 30.0  # what the three others have
-    alone = updates(tiny_config())[2].item()
-    assert updates(tiny_config(), world=world)[2].item() == pytest.approx((alone + 30) / 4, abs=2e-6)
+    for A in (1, 4):
+        loss = updates(tiny_config(), A, world)[2]
+        assert loss.shape == () and not loss.requires_grad and loss.item() == pytest.approx((want + 30) / 4, abs=2e-6)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -325,7 +301,7 @@ def test_a_step_sets_the_learning_rate_of_all_groups_and_clears_all_gradients(op
     optimizers, before = configure_optimizers(model, cfg, CPU), copy.deepcopy(model)
     train_step(model, optimizers, *batch(A=2), 0.0123, cfg, FakeWorld())
     assert {g["lr"] for o in optimizers for g in o.param_groups} == {0.0123}
-    assert all(p.grad is None for p in model.parameters())
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
     assert all(not torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters()))
 
 
@@ -357,32 +333,6 @@ def test_forward_runs_under_autocast_and_backward_does_not():
     model.transformer.ln_f.bias.register_hook(lambda g: seen.append(("backward", bool(inside))))
     train_step(model, [torch.optim.SGD(model.parameters(), lr=0.1)], *batch(A=2), 0.1, tiny_config(), world)
     assert seen == [("forward", True), ("backward", False)] * 2
-
-
-def scaled_world():
-    return FakeWorld(scaler=torch.amp.GradScaler("cpu", init_scale=2.0 ** 12))
-
-
-@pytest.mark.parametrize("A", [1, 3])
-def test_scaling_for_float16_changes_no_result(A):
-    """The scaler multiplies the loss by a power of two. Norm and clipping are those without it."""
-    cfg = tiny_config(grad_clip=0.5)
-    moved, _, loss, norm = updates(cfg, A=A)
-    scaled, _, scaled_loss, scaled_norm = updates(cfg, A=A, world=scaled_world())
-    assert scaled_loss.item() == pytest.approx(loss.item(), abs=1e-12)
-    assert scaled_norm.item() == pytest.approx(norm.item(), abs=1e-12)
-    assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(moved, scaled))
-
-
-def test_a_step_that_overflows_float16_is_left_out():
-    model, world = tiny_model(), scaled_world()
-    before = copy.deepcopy(model)
-    model.transformer.ln_f.bias.register_hook(lambda gradient: gradient * math.inf)
-    optimizers = configure_optimizers(model, tiny_config(), CPU)
-    loss, norm = train_step(model, optimizers, *batch(), 0.1, tiny_config(), world)
-    assert math.isfinite(loss.item()) and not math.isfinite(norm.item())
-    assert furthest(model, before) == 0 and all(p.grad is None for p in model.parameters())
-    assert world.scaler.get_scale() == 2.0 ** 11  # and the next one is scaled less
 
 
 def test_training_learns_a_text_by_heart():

@@ -69,26 +69,13 @@ def test_any_number_of_processes_and_rows_trains_alike(base, alone_in_float64, t
             assert (value - moments[1][key]).abs().max() < 1e-12, key
 
 
-def test_float32_differs_by_rounding_only(base, alone, tmp_path):
-    run_many(2, command(base, micro_batch_size=2), tmp_path)
-    assert_agrees(tmp_path / "log", alone)
-    assert farthest(saved(tmp_path / "log"), saved(alone)) < 1e-4
-
-
 def test_a_val_split_that_cannot_be_shared_out_evenly(base, tmp_path):
-    """31 windows: the last of four rounds of two processes has 7 rows, the last of two of four has 15."""
-    for size in (1, 2, 4):
-        run_many(size, command(base, f"log{size}", val_tokens=496, max_steps=2, warmup_steps=1, val_every=1),
-                 tmp_path, in_float64)
-        assert_agrees(tmp_path / f"log{size}", tmp_path / "log1", rel=2e-8)
-
-
-def test_more_processes_than_val_windows(base, tmp_path):
-    """Two windows for four processes: two of them have nothing to score, and wait."""
-    for size in (1, 4):
-        run_many(size, command(base, f"log{size}", val_tokens=32, max_steps=2, warmup_steps=1), tmp_path,
-                 in_float64)
-    assert_agrees(tmp_path / "log4", tmp_path / "log1", rel=2e-8)
+    """31 windows for two processes: the last of four rounds has 7 rows. Two for four: two of them wait."""
+    for tokens, size in ((496, 2), (32, 4)):
+        for n in (1, size):
+            run_many(n, command(base, f"log{n}of{size}", val_tokens=tokens, max_steps=2, warmup_steps=1, val_every=1),
+                     tmp_path, in_float64)
+        assert_agrees(tmp_path / f"log{n}of{size}", tmp_path / f"log1of{size}", rel=2e-8)
 
 
 def test_muon_in_several_processes(base, tmp_path):
@@ -98,11 +85,14 @@ def test_muon_in_several_processes(base, tmp_path):
     assert_agrees(tmp_path / "log2", tmp_path / "log1", rel=1e-5)  # torch.optim.Muon, in bfloat16, is off by 1e-4
 
 
-def test_samples_and_lines_are_printed_once(base, tmp_path):
-    running = run_many(2, command(base, sample_every=10, prompt="A", max_steps=10, warmup_steps=1), tmp_path)
-    assert running[1].out == running[1].err == ""
-    assert running[0].out.count("sample | A") == 4  # two before the first step, two after the last
-    assert running[0].out.count("step     3 | loss") == 1
+def test_bfloat16_in_two_processes(base, tmp_path):
+    """Activations are rounded to 8 bits, differently for other batches: losses differed by up to 1e-4 of their size
+    here, measured with five seeds; an average that is missing makes them differ by 1e-2 and more."""
+    for size in (1, 2):
+        run_many(size, command(base, f"log{size}", dtype="bfloat16", micro_batch_size=8), tmp_path)
+    ours, theirs = log_values(tmp_path / "log2"), log_values(tmp_path / "log1")
+    assert all(ours[stream] == pytest.approx(theirs[stream], rel=1e-3) for stream in ("train", "val"))
+    assert ours != theirs  # it was bfloat16
 
 
 def tell_of_writing():
@@ -112,9 +102,12 @@ def tell_of_writing():
     os.replace = lambda old, new: (print("wrote", os.path.basename(new), flush=True), original(old, new))
 
 
-def test_one_process_writes(base, tmp_path):
-    running = run_many(2, command(base, max_steps=10, warmup_steps=1), tmp_path, tell_of_writing)
-    assert running[1].out == ""
+def test_one_process_prints_and_writes(base, tmp_path):
+    running = run_many(2, command(base, sample_every=10, prompt="A", max_steps=10, warmup_steps=1), tmp_path,
+                       tell_of_writing)
+    assert running[1].out == running[1].err == ""
+    assert running[0].out.count("sample | A") == 4  # two before the first step, two after the last
+    assert running[0].out.count("step     3 | loss") == 1
     assert re.findall("wrote (.*[.]pt)", running[0].out) == ["ckpt_00000005.pt", "ckpt_00000010.pt"]
 
 
@@ -148,11 +141,12 @@ def count_reductions():
 
 @pytest.mark.parametrize("B", [8, 2])
 def test_gradients_travel_once_a_step(base, alone, tmp_path, B):
-    """Whether a step has one micro-batch, or four."""
+    """Whether a step has one micro-batch, or four, and also after an evaluation. In float32 only rounding differs."""
     for running in run_many(2, command(base, micro_batch_size=B), tmp_path, count_reductions):
         counts = json.loads(running.out.splitlines()[-1])
         assert counts == dict(reductions=LAST, backwards=LAST * 8 // B)
     assert_agrees(tmp_path / "log", alone)
+    assert farthest(saved(tmp_path / "log"), saved(alone)) < 1e-4
 
 
 def print_rows(step=3):
@@ -185,7 +179,7 @@ def test_processes_read_different_rows_of_the_same_steps(base, tmp_path):
 # ---- as a user starts it
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size, B", [(2, 8), (2, 1), (4, 2)])
+@pytest.mark.parametrize("size, B", [(2, 8), (4, 2)])
 def test_torchrun_equals_one_process(base, alone, tmp_path, size, B):
     out = finish(torchrun(tmp_path, command(base, micro_batch_size=B), size=size))
     assert_agrees(tmp_path / "log", alone)
@@ -214,5 +208,5 @@ def test_two_machines_train_as_one_does(base, alone, tmp_path):
 @pytest.mark.slow
 def test_torchrun_shows_one_line_for_wrong_input(base, tmp_path):
     out = finish(torchrun(tmp_path, command(base, n_head=3)), status=None)
-    assert len(re.findall("train_gpt2.py: --n_embd 16 can't be shared out to --n_head 3", out)) == 1
+    assert len(re.findall("train_gpt2.py: --n_embd 16 is not a multiple of --n_head 3", out)) == 1
     assert f'File "{PROGRAM}"' not in out  # torchrun's own report of a failed worker has a traceback
