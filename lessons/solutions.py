@@ -438,7 +438,7 @@ def ex06_3(model, vocab_size):
     return model
 
 
-# ---- 07 initialisation
+# ---- 07 initialization
 
 def check_ex07_1(answer):
     for V, C, std in ((5000, 256, 0.02), (3000, 400, 0.05), (5000, 64, 0.1)):
@@ -471,7 +471,7 @@ def check_ex07_2(answer):
             params[name].normal_(0, std, generator=torch.Generator().manual_seed(1))
             found = list(answer(model))
             params[name].copy_(kept)
-        assert found == [name], f"only {name} was spoilt (drawn with std {std}), but you name {found}"
+        assert found == [name], f"only {name} was spoiled (drawn with std {std}), but you name {found}"
     with torch.no_grad():
         params["transformer.h.0.ln_2.weight"].zero_()
         params["transformer.h.0.attn.c_attn.bias"].fill_(0.02)
