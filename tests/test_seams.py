@@ -1,0 +1,201 @@
+"""What slips between parts that are each well tested: a tiny world of two optimizers, two tokenizers, and models that
+come from scratch, from a checkpoint, from a folder."""
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fineweb
+import train_gpt2
+from helpers import FakeWorld, random_ids, tiny_config, tiny_model, write_shards
+from train_gpt2 import GPT, GPTConfig, TrainConfig, UserError, main, parse_config
+
+TEXT = "\n\n\n".join(f"Chapter {n}. The {a} fox number {n * n} jumps over {b} lazy dogs, it isn't {n % 7}; so what?"
+                     for n, (a, b) in enumerate(zip(["quick", "brown", "old", "sly"] * 60, ["two", "three"] * 120)))
+SMALL = ("--n_layer 2 --n_head 2 --n_embd 16 --block_size 16 --total_batch_size 64 --micro_batch_size 2 --max_steps 4 "
+         "--warmup_steps 1 --max_lr 1e-2 --min_lr 1e-3 --val_every 2 --sample_every 0 --hellaswag_every 0 "
+         "--checkpoint_every 2 --device cpu --dtype float32").split()
+TUNE = [*SMALL[8:], "--max_lr", "1e-2"]  # without the shape, which comes from --init
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with shards of bytes and of bpe:280, and for each a run ("log_bytes", "log_bpe") and its export."""
+    folder = tmp_path_factory.mktemp("seams")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        Path("text.txt").write_text(TEXT)
+        for name, tokenizer in (("bytes", "bytes"), ("bpe", "bpe:280")):
+            fineweb.main(["--source", "text.txt", "--tokenizer", tokenizer, "--out", name, "--val_fraction", "0.2"])
+            main([*SMALL, "--data_dir", name, "--log_dir", f"log_{name}", "--weight_decay", "0.3"])
+            main(["export", "--init", f"log_{name}", "--out", f"hf_{name}"])
+    return folder
+
+
+def weights(source):
+    return {name: p.detach().clone() for name, p in train_gpt2.read_model(str(source))[0].named_parameters()}
+
+
+# ---- fine-tuning, end to end
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["bytes", "bpe"])
+@pytest.mark.parametrize("kind", ["log", "hf"])
+def test_fine_tuning_moves_every_parameter_and_takes_the_shape_alone(world, monkeypatch, kind, name, optimizer):
+    monkeypatch.chdir(world)
+    source, out = f"{kind}_{name}", f"tuned_{kind}_{name}_{optimizer}"
+    before = weights(source)
+    if kind == "hf" and name == "bpe":  # 280 ids in the export, 384 rows in the run: padding does not travel
+        assert before["transformer.wte.weight"].shape[0] == 280
+    values = main([*TUNE, "--init", source, "--data_dir", name, "--log_dir", out, "--block_size", "8", "--optimizer",
+                   optimizer, "--max_steps", "2"])
+    assert sorted(values["train"]) == [0, 1]
+    after = weights(out)
+    assert after["transformer.wpe.weight"].shape == (8, 16)
+    before["transformer.wpe.weight"] = before["transformer.wpe.weight"][:8]
+    for key, p in after.items():
+        if key == "transformer.wte.weight":  # every row that the text holds, and by decay the others
+            assert (p != before[key]).any(dim=1).float().mean() > 0.9
+        else:
+            assert not torch.equal(p, before[key]), key
+    cfg = json.loads(Path(out, "config.json").read_text())
+    assert cfg["weight_decay"] == TrainConfig.weight_decay and cfg["init"] == source and cfg["n_embd"] == 16
+
+
+def test_what_comes_along_from_a_checkpoint(world, monkeypatch):
+    """To a new run the shape alone; to eval, sample and export all settings of the run."""
+    monkeypatch.chdir(world)
+    begun, _ = parse_config("train", ["--init", "log_bytes"])
+    assert (begun.n_embd, begun.vocab_size, begun.weight_decay, begun.data_dir, begun.max_steps) == (
+        16, 384, TrainConfig.weight_decay, TrainConfig.data_dir, TrainConfig.max_steps)
+    seen, _ = parse_config("eval", ["--init", "log_bytes"])
+    assert (seen.weight_decay, seen.data_dir, seen.max_steps) == (0.3, "bytes", 4)
+
+
+# ---- which wins
+
+LAYERS = ["flag", "config", "preset", "remembered", "found"]
+
+
+@pytest.mark.parametrize("stronger, weaker", [(a, b) for i, a in enumerate(LAYERS) for b in LAYERS[i + 1:]
+                                              if (a, b) != ("remembered", "found")])
+def test_which_setting_wins(world, tmp_path, monkeypatch, stronger, weaker):
+    """Flag, configuration file, preset, what a resumed run remembers, the model of --init: each pair once."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(train_gpt2.PRESETS, "mine", dict(n_layer=3))
+    argv, value = [], dict(flag=1, config=2, preset=3, remembered=4, found=2 if "config" not in (stronger, weaker) else 2)
+    for layer in (stronger, weaker):
+        if layer == "flag":
+            argv += ["--n_layer", "1"]
+        elif layer == "config":
+            Path("c.json").write_text(json.dumps(dict(n_layer=5)))
+            argv, value["config"] = [*argv, "--config", "c.json"], 5
+        elif layer == "preset":
+            argv += ["--preset", "mine"]
+        elif layer == "remembered":
+            Path("log").mkdir()
+            Path("log/config.json").write_text(json.dumps({**asdict(TrainConfig()), "n_layer": 4}))
+            argv += ["--resume"]
+        else:
+            argv += ["--init", str(world / "log_bytes")]
+    cfg, _ = parse_config("train", argv)
+    assert cfg.n_layer == value[stronger] != value[weaker]
+
+
+# ---- models from elsewhere
+
+def test_added_ids_survive_and_padding_is_never_drawn(world, tmp_path, monkeypatch):
+    """A folder whose tokenizer has an id added after <|endoftext|>, and whose matrix has rows past both."""
+    from transformers import AutoTokenizer, GPT2LMHeadModel
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = train_gpt2.load_model(str(world / "hf_bpe"))
+    shape = {**asdict(model.config), "vocab_size": 290}
+    padded = GPT(GPTConfig(**shape))
+    with torch.no_grad():
+        padded.transformer.wte.weight[:280] = model.transformer.wte.weight
+        padded.transformer.wte.weight[281:] = 50 * model.transformer.wte.weight.mean(0)  # loud, and no tokenizer's
+    padded.save_pretrained("padded")
+    fineweb.save_tokenizer(tokenizer, "padded")
+    added = json.loads(Path("padded/tokenizer.json").read_text())
+    mark = {**added["added_tokens"][0], "id": 280, "content": "<|pad|>"}
+    added["added_tokens"].append(mark)
+    Path("padded/tokenizer.json").write_text(json.dumps(added))
+
+    again, theirs = train_gpt2.load_model("padded")
+    assert (theirs.n_vocab, theirs.eot_token, again.n_vocab, again.eot, again.config.vocab_size) == (281, 279, 281, 279, 290)
+    assert again.generate(random_ids(8, 5, n=279), 30, temperature=5.0).max() < 281
+    main(["export", "--init", "padded", "--out", "out", "--device", "cpu"])
+    config = json.loads(Path("out/config.json").read_text())
+    assert (config["vocab_size"], config["eos_token_id"], config["bos_token_id"]) == (281, 279, 279)
+    assert GPT2LMHeadModel.from_pretrained("out").transformer.wte.weight.shape == (281, 16)
+    tokenizer = AutoTokenizer.from_pretrained("out")
+    assert tokenizer.convert_tokens_to_ids("<|pad|>") == 280 and tokenizer.eos_token_id == 279
+
+
+def test_transformers_stops_where_a_padded_model_says(world):
+    """The end of text is the tokenizer's, not the last row of the matrix."""
+    from transformers import GPT2LMHeadModel
+    folder = world / "hf_bytes"
+    theirs = GPT2LMHeadModel.from_pretrained(folder)
+    assert theirs.config.vocab_size == 257 and theirs.generation_config.eos_token_id == 256
+    with torch.no_grad():  # now <|endoftext|> is what it always says next
+        theirs.transformer.ln_f.weight.zero_()
+        theirs.transformer.ln_f.bias.copy_(theirs.transformer.wte.weight[256])
+        theirs.transformer.wte.weight[256] *= 100
+    out = theirs.generate(torch.tensor([[65, 66]]), max_new_tokens=9, do_sample=False, pad_token_id=0)
+    assert out.tolist() == [[65, 66, 256]]
+
+
+# ---- too little
+
+@pytest.mark.parametrize("size, windows", [(16, 0), (17, 1), (18, 1), (32, 1), (33, 2), (34, 2)])
+def test_a_shard_that_ends_at_a_windows_border(tmp_path, size, windows):
+    """A window of 16 inputs takes 17 ids; the next one begins with the last of them."""
+    write_shards(tmp_path, [np.arange(size) % 30], "train")
+    if windows == 0:
+        with pytest.raises(UserError, match="shorter than --block_size 16"):
+            train_gpt2.Corpus(tmp_path, "train", 16, 37)
+    else:
+        corpus = train_gpt2.Corpus(tmp_path, "train", 16, 37)
+        assert corpus.n_windows == windows
+        assert corpus.windows([windows - 1])[0].tolist() == [i % 30 for i in range(16 * windows - 16, 16 * windows + 1)]
+
+
+@pytest.mark.parametrize("ids", [[], [36]], ids=["nothing", "one id"])
+def test_a_split_of_next_to_nothing_is_one_clear_line(tmp_path, ids):
+    write_shards(tmp_path, [ids], "val")
+    with pytest.raises(UserError, match="val"):
+        train_gpt2.Corpus(tmp_path, "val", 16, 37)
+
+
+# ---- what auto chooses
+
+@pytest.mark.parametrize("rows, size, block_size, B", [
+    (12, 1, 11, 12), (12, 2, 11, 6), (12, 3, 11, 4), (15, 1, 1024, 3), (14, 1, 1024, 2), (7, 1, 1024, 1),
+    (15, 5, 1024, 3), (4, 4, 8192, 1)])
+def test_what_auto_chooses_on_a_cpu(rows, size, block_size, B):
+    """The largest divisor of a process's rows that stays within 4,096 tokens."""
+    cfg = tiny_config(block_size=block_size, total_batch_size=rows * block_size)
+    assert train_gpt2.fit_micro_batch(tiny_model(), cfg, FakeWorld(size=size)) == B
+
+
+def test_more_processes_than_rows_is_one_clear_line(tmp_path):
+    write_shards(tmp_path, [np.arange(5000) % 37], "train")
+    cfg = tiny_config(total_batch_size=11 * 3)
+    corpus = train_gpt2.Corpus(tmp_path, "train", 11, 37)
+    with pytest.raises(UserError, match="33 is not a multiple of 44.*use 44"):
+        train_gpt2.check_sizes(cfg, dict(vocab_size=37, tokenizer="bytes"), corpus, FakeWorld(size=4))
+
+
+# ---- devices
+
+def test_every_tensor_is_made_on_the_models_device():
+    """The meta device stands for a GPU: what is made without naming a device would be on the CPU, and refused."""
+    with torch.device("meta"):
+        model, idx = GPT(GPTConfig(**asdict(tiny_model().config))), torch.zeros(2, 5, dtype=torch.long)
+    model(idx, idx)[1].backward()
+    with pytest.raises(RuntimeError, match="device"):  # the check itself can fail
+        idx + torch.zeros(2, 5, dtype=torch.long)
