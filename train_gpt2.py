@@ -658,7 +658,7 @@ def train(cfg):
     carried = fineweb.tokenizer_to_json(tokenizer) if tokenizer and meta["tokenizer"] != "gpt2" else None
 
     optimizers = configure_optimizers(raw_model.to(world.device), cfg, world.device, world.dtype)
-    start = restore(checkpoint, raw_model, optimizers, data, tokenizer, cfg, world) if checkpoint else 0
+    start = restore(checkpoint, raw_model, optimizers, data, tokenizer, cfg, world)
     # Three names for one set of parameters. `model` is compiled and averages gradients over processes; it wants fixed
     # shapes and all processes, so training and val loss go through it. HellaSwag, samples and checkpoints use
     # `raw_model`, which takes any shape and can be used by one process alone.
@@ -1067,15 +1067,21 @@ FIXED = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "optimizer",
 
 
 def restore(checkpoint, model, optimizers, data, tokenizer, cfg, world):
-    """Put a run into a checkpoint's state -> its step. UserError with the differences if model or data changed.
+    """Put a run into a checkpoint's state -> its step, 0 without one. UserError if model or data have changed.
 
     The number of processes, the micro-batch, the device and all that is measured or saved may change: none of them
     decides what a step reads or does. So may the schedule, the rates and the decay, for those who want to.
     """
+    start = checkpoint["step"] if checkpoint else 0
+    if world.any(world.sum(torch.tensor(float(start))).item() != start * world.size):
+        raise UserError(f"--log_dir {cfg.log_dir} holds other checkpoints on other machines: use a folder they share")
+    if not checkpoint:
+        return start
     now = {**{name: getattr(cfg, name) for name in FIXED}, **data}
     then = {**checkpoint["config"], **checkpoint["data"]}
     differences = [f"{name} {then.get(name)} -> {now[name]}" for name in now if then.get(name) != now[name]]
-    if tokenizer and not differences and not same_ids(checkpoint_tokenizer(checkpoint), tokenizer):
+    if tokenizer and checkpoint["tokenizer"] and not differences and not same_ids(
+            checkpoint_tokenizer(checkpoint), tokenizer):
         differences = ["the shards have another tokenizer"]
     if differences:
         raise UserError(f"--resume: the run in {cfg.log_dir} has other settings ({', '.join(differences)}): give it "
@@ -1088,9 +1094,7 @@ def restore(checkpoint, model, optimizers, data, tokenizer, cfg, world):
         optimizer.load_state_dict(state)
     if world.scaler.is_enabled() and checkpoint["scaler"]:  # {} where the run was not in float16 until now
         world.scaler.load_state_dict(checkpoint["scaler"])
-    if world.any(world.sum(torch.tensor(float(checkpoint["step"]))).item() != checkpoint["step"] * world.size):
-        raise UserError(f"--log_dir {cfg.log_dir} holds other checkpoints on other machines: use a folder they share")
-    return checkpoint["step"]
+    return start
 
 
 def load_weights(model, checkpoint):
