@@ -551,7 +551,8 @@ def open_shards(data_dir, split):
             else:
                 ids = np.memmap(file, dtype=np.uint16, mode="r", offset=1024)
                 insist(np.fromfile(file, np.int32, 3).tolist() == [20240520, 1, len(ids)], "header and length differ")
-            insist(ids.dtype == np.uint16 and ids.ndim == 1, f"{ids.ndim}-dimensional {ids.dtype}, not a row of uint16")
+            insist(ids.dtype == np.uint16 and ids.ndim == 1,
+                   f"{ids.ndim}-dimensional {ids.dtype}, where a shard is a row of uint16")
         except (ValueError, OSError, EOFError) as error:
             raise UserError(f"{file} is damaged ({error}): delete it and make it again with fineweb.py") from None
         shards.append((file, ids))
