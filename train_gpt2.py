@@ -659,7 +659,7 @@ def train(cfg):
 
     optimizers = configure_optimizers(raw_model.to(world.device), cfg, world.device, world.dtype)
     start = restore(checkpoint, raw_model, optimizers, data, tokenizer, cfg, world)
-    # Three names for one set of parameters. `model` is compiled and averages gradients over processes; it wants fixed
+    # Two names for one set of parameters. `model` is compiled and averages gradients over processes; it wants fixed
     # shapes and all processes, so training and val loss go through it. HellaSwag, samples and checkpoints use
     # `raw_model`, which takes any shape and can be used by one process alone.
     model = world.wrap(world.compile(raw_model))
@@ -670,11 +670,12 @@ def train(cfg):
     seconds = []  # of each step, for the estimate of the time left
 
     # ---- the loop. `step` is the number of updates made so far. The last turn only evaluates and saves, so that the
-    # log begins and ends with a val loss. due(every) says when: every so many steps, and after the last one.
+    # log begins and ends with a val loss.
+    def due(every):  # every so many steps (0: never), and after the last one
+        return every > 0 and (step % every == 0 or step == cfg.max_steps)
+
     with log, catch_signals() as stop:
         for step in range(start, cfg.max_steps + 1):
-            def due(every):
-                return every > 0 and (step % every == 0 or step == cfg.max_steps)
             stopping = world.any(stop.asked)  # a signal to one process stops all of them, at the same step
 
             # Checkpoint: when due, and when asked to stop; process 0 writes raw_model. Before the evaluations, since
@@ -1081,7 +1082,7 @@ def restore(checkpoint, model, optimizers, data, tokenizer, cfg, world):
     then = {**checkpoint["config"], **checkpoint["data"]}
     differences = [f"{name} {then.get(name)} -> {now[name]}" for name in now if then.get(name) != now[name]]
     if tokenizer and checkpoint["tokenizer"] and not differences and not same_ids(
-            checkpoint_tokenizer(checkpoint), tokenizer):
+            tokenizer_of(model, checkpoint, cfg.log_dir), tokenizer):
         differences = ["the shards have another tokenizer"]
     if differences:
         raise UserError(f"--resume: the run in {cfg.log_dir} has other settings ({', '.join(differences)}): give it "
@@ -1148,14 +1149,6 @@ def read_model(source):
     return model, checkpoint
 
 
-def checkpoint_tokenizer(checkpoint):
-    """The tokenizer that a checkpoint carries, as one string; GPT-2's, which is known, it does not."""
-    name, text = checkpoint["data"]["tokenizer"], checkpoint["tokenizer"]
-    if text is None and name != "gpt2":
-        raise UserError(f"the run had no tokenizer at hand ({name}), and so its checkpoint has none")
-    return load_tokenizer("gpt2") if text is None else fineweb.tokenizer_from_json(text, name)
-
-
 def load_model(source):
     """(model, tokenizer) of a name, a Hugging Face folder, a checkpoint file or a log folder."""
     model, checkpoint = read_model(source)
@@ -1164,8 +1157,12 @@ def load_model(source):
 
 def tokenizer_of(model, checkpoint, source):
     """The tokenizer that a model was trained with; the model never samples an id that it doesn't have."""
-    if checkpoint:
-        tokenizer = checkpoint_tokenizer(checkpoint)
+    if checkpoint and (name := checkpoint["data"]["tokenizer"]) != "gpt2":
+        if checkpoint["tokenizer"] is None:
+            raise UserError(f"{source}: the run had no tokenizer at hand ({name}), and so its checkpoint has none")
+        tokenizer = fineweb.tokenizer_from_json(checkpoint["tokenizer"], name)
+    elif checkpoint:
+        tokenizer = load_tokenizer("gpt2")
     else:
         folder = fetch_pretrained(source)
         tokenizer = load_tokenizer(folder if Path(folder, "tokenizer.json").exists() else "gpt2")
