@@ -86,10 +86,10 @@ def test_muon_in_several_processes(base, tmp_path):
 
 
 def test_bfloat16_in_two_processes(base, tmp_path):
-    """Activations are rounded to 8 bits, differently for other batches: losses differed by up to 1e-4 of their size
-    here, measured with five seeds; an average that is missing makes them differ by 1e-2 and more."""
-    for size in (1, 2):
-        run_many(size, command(base, f"log{size}", dtype="bfloat16", micro_batch_size=8), tmp_path)
+    """Products are rounded to 8 bits, differently for other batches. Measured with two seeds: losses differed by 1.0e-4
+    of their size, and by 2.7e-2 and more where gradients were not averaged."""
+    for size, B in ((1, 16), (2, 2)):
+        run_many(size, command(base, f"log{size}", dtype="bfloat16", micro_batch_size=B), tmp_path)
     ours, theirs = log_values(tmp_path / "log2"), log_values(tmp_path / "log1")
     assert all(ours[stream] == pytest.approx(theirs[stream], rel=1e-3) for stream in ("train", "val"))
     assert ours != theirs  # it was bfloat16
@@ -147,33 +147,6 @@ def test_gradients_travel_once_a_step(base, alone, tmp_path, B):
         assert counts == dict(reductions=LAST, backwards=LAST * 8 // B)
     assert_agrees(tmp_path / "log", alone)
     assert farthest(saved(tmp_path / "log"), saved(alone)) < 1e-4
-
-
-def print_rows(step=3):
-    """Rig this process: print the first id of every row of the first forwards."""
-    original, forwards = torch.nn.functional.cross_entropy, []
-
-    def rigged(logits, targets, *arguments, **options):
-        if torch.is_grad_enabled():
-            forwards.append(targets.view(-1, TINY["block_size"]).tolist())
-            if len(forwards) == 8:
-                print(json.dumps(forwards), flush=True)
-        return original(logits, targets, *arguments, **options)
-
-    torch.nn.functional.cross_entropy = rigged
-
-
-def test_processes_read_different_rows_of_the_same_steps(base, tmp_path):
-    """Eight forwards of two rows are a step of one process; of two processes they are two steps."""
-    def rows(size):
-        running = run_many(size, command(base, micro_batch_size=2, max_steps=2, warmup_steps=1, val_every=0),
-                           tmp_path, print_rows)
-        return [json.loads(re.search(r"^\[\[.*$", r.out, re.MULTILINE)[0]) for r in running]
-
-    (alone,), (first, second) = rows(1), rows(2)
-    together = [row for i in range(4) for row in first[i] + second[i]]
-    assert together == [row for forward in alone for row in forward]
-    assert not any(row in second[0] for row in first[0])
 
 
 # ---- as a user starts it
