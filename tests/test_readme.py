@@ -198,7 +198,8 @@ FIRST = math.log(50257) + (0.02 * math.sqrt(768)) ** 2 / 2
 
 @pytest.mark.parametrize("words, stated, true", [
     ("ln V = 10.82", 10.82, math.log(50257)), ("0.02·√768 = 0.554", 0.554, 0.02 * math.sqrt(768)),
-    ("about s²/2 more: 10.98", 10.98, FIRST), ("18,794 whole steps", 18_794, math.floor((fineweb.FINEWEB_TOKENS - 1e8) / 524_288)),
+    ("about s²/2 more: 10.98", 10.98, FIRST),
+    ("18,794 whole steps", 18_794, math.floor((fineweb.FINEWEB_TOKENS - 1e8) / 524_288)),
     ("19,073 steps of 524,288 tokens", 19_073, TrainConfig.max_steps),
     ("The run is 10.0 billion", 10.0, RUN_TOKENS / 1e9),
     ("0.294463 = 2957 of 10,042", 0.294463, 2957 / N), ("0.2955 is 2967, ten more", 0.2955, 2967 / N),
