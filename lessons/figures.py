@@ -326,6 +326,68 @@ def backward_graph(result, rows, title="How does the slope find its way back?"):
     show(fig, alt="The graph of the expression, with each number, its gradient, and the slope of each connection")
 
 
+# ---- lesson 03
+
+def query_and_keys(words, query, keys, weights, title="Whom does the last word listen to?"):
+    """Left: the query of the last word and the keys of all, as arrows in the plane. Right: the sentence, with arcs as
+    wide as the weights."""
+    fig, (plane, line) = plt.subplots(1, 2, figsize=(10.5, 4.4), width_ratios=(1, 1.35))
+    reach = 1.15 * max(abs(number) for vector in [query, *keys] for number in vector)
+    plane.axhline(0, color=EDGE, lw=0.8, zorder=0)
+    plane.axvline(0, color=EDGE, lw=0.8, zorder=0)
+    for word, key in zip(words, keys):
+        arrow(plane, (0, 0), key, color=BLUE)
+        long = max(1e-9, sum(number ** 2 for number in key) ** 0.5)
+        plane.text(*(number * (1 + 0.24 / long) for number in key), f"k {word}", color=BLUE, ha="center", va="center",
+                   bbox=dict(fc="white", ec="none", pad=0.6, alpha=0.8), zorder=4)
+    arrow(plane, (0, 0), query, color=RED, lw=3, head=20)
+    plane.text(query[0], query[1] - 0.26, f"q {words[-1]}", color=RED, ha="center", va="center", weight="bold")
+    plane.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", xticks=[], yticks=[],
+              xlabel="is a thing", ylabel="is an action")
+    plane.set_title("Which keys point with the query?")
+
+    line.set(xlim=(-0.6, len(words) - 0.4), ylim=(-0.75, 3.2), xticks=[], yticks=[])
+    line.spines[:].set_visible(False)
+    last = len(words) - 1
+    for s, (word, weight) in enumerate(zip(words, weights)):
+        mine = s == last
+        line.text(s, 0, word, ha="center", va="center", size=13, weight="bold" if mine else "normal",
+                  color=RED if mine else INK)
+        line.text(s, -0.5, f"{weight:.0%}", ha="center", va="center", size=11, color=QUIET)
+        if not mine:
+            line.add_patch(FancyArrowPatch((last, 0.3), (s, 0.3), arrowstyle="-|>", color=RED,
+                                           mutation_scale=12 + 22 * weight, lw=0.8 + 9 * weight, alpha=0.75,
+                                           shrinkA=2, shrinkB=2, connectionstyle=f"arc3,rad={0.22 + 0.1 * (last - s)}"))
+    line.set_title(title)
+    show(fig, alt="Query and keys as arrows, and the weights: " +
+              ", ".join(f"{word} {weight:.0%}" for word, weight in zip(words, weights)))
+
+
+# ---- lesson 04
+
+def residual_stream(tokens=("the", "cat", "sat"), title="What happens to three tokens in a block?"):
+    """Three lanes through a block: attention reads from earlier lanes into later ones, the MLP stays in its lane."""
+    fig, ax = canvas(112, 17 * len(tokens) + 6, title)
+    lanes = [17 * (len(tokens) - t) - 9.5 for t in range(len(tokens))]           # the first token is on top
+    for t, (token, y) in enumerate(zip(tokens, lanes)):
+        ax.plot([11, 105], [y, y], color=ROAD, lw=15, solid_capstyle="butt", zorder=1)
+        arrow(ax, (104, y), (108.5, y))
+        ax.text(10, y, token, ha="right", va="center", size=13)
+        for x, ln, part in ((14, "ln_1", "attn"), (62, "ln_2", "mlp")):
+            path(ax, [(x, y + 0.7), (x, y + 6.5), (x + 3, y + 6.5)])
+            box(ax, x + 7, y + 6.5, 8, 4.4, ln, size=11)
+            arrow(ax, (x + 11.1, y + 6.5), (x + 23, y + 6.5))
+            box(ax, x + 28.6, y + 6.5, 11, 5, part, lit=True)
+            path(ax, [(x + 34.2, y + 6.5), (x + 38, y + 6.5), (x + 38, y + 1.6)])
+            plus(ax, x + 38, y)
+        for s, earlier in enumerate(lanes[:t]):
+            arrow(ax, (25.2, earlier + 5.6), (37, y + 7.6 - 0.9 * (t - s - 1)), color=RED, bend=-0.08, lw=1.5)
+    ax.text(31, 2.2, "attn: keys and values of earlier tokens come in", ha="center", size=10.5, color=RED)
+    ax.text(85, 2.2, "mlp: each token alone", ha="center", size=10.5, color=QUIET)
+    show(fig, alt="Three lanes, one for each token. Attention reads from earlier lanes; the MLP does not")
+
+
+
 # ---- lesson 09
 
 def valley(paths):
@@ -534,8 +596,8 @@ def circles(matrices, labels, title="What does an update do to a circle?"):
     angle = torch.linspace(0, 2 * torch.pi, 200)
     circle = torch.stack([angle.cos(), angle.sin()])
     directions = torch.linalg.svd(matrices[0]).Vh
-    reach = 1.25 * max(torch.linalg.matrix_norm(matrix, 2).item() for matrix in matrices) + 0.2
-    fig, axes = plt.subplots(1, len(matrices), figsize=(10, 10 / len(matrices) + 0.6))
+    wide, high = (max(1.0, *(matrix[i].norm().item() for matrix in matrices)) + 0.5 for i in (0, 1))
+    fig, axes = plt.subplots(1, len(matrices), figsize=(10, 10 / len(matrices) * high / wide + 0.8))
     for ax, matrix, label in zip(axes, matrices, labels):
         ax.plot(*circle, color=EDGE, lw=1.2)
         ax.plot(*(matrix @ circle), color=INK, lw=2)
@@ -543,9 +605,9 @@ def circles(matrices, labels, title="What does an update do to a circle?"):
             end = matrix @ direction
             ax.plot(*direction, "o", mfc="white", mec=color, ms=7, zorder=5)
             ax.annotate("", end, (0, 0), arrowprops=dict(arrowstyle="-|>", color=color, lw=2.4, mutation_scale=16))
-            place = end + 0.16 * reach * (end / end.norm() if end.norm() > 0.05 else direction)
+            place = end + 0.3 * end / end.norm() if end.norm() > 0.6 else 1.3 * direction
             ax.text(*place, f"{end.norm():.2f}", ha="center", va="center", color=color, size=12)
-        ax.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", xticks=[], yticks=[])
+        ax.set(xlim=(-wide, wide), ylim=(-high, high), aspect="equal", xticks=[], yticks=[])
         ax.set_title(label, size=12)
         ax.spines[:].set_visible(False)
     fig.suptitle(title, size=13)
@@ -589,7 +651,7 @@ def attention_maps(maps, tokens, names, title):
 
 def arcs(tokens, looks, title):
     """A line of tokens, and where heads look from some of them. looks: [(position, weights over positions, name)]."""
-    fig, ax = canvas(112, 14 + 12 * len(looks), title)
+    fig, ax = canvas(112, 6 + 12 * len(looks), title)
     gap = 104 / len(tokens)
     for row, (at, weights, name) in enumerate(looks):
         y = 12 * (len(looks) - row) - 8

@@ -119,7 +119,7 @@ def check_ex02_3(answer):
 
 
 def ex02_3(logits, targets, bytes_per_token):
-    loss = F.cross_entropy(logits, targets, ignore_index=-100)  # -100 is its default; said here so that one sees it
+    loss = F.cross_entropy(logits, targets, ignore_index=-100)  # -100 is the default; written out to be seen
     return loss.exp(), loss / math.log(2) / bytes_per_token
 
 
@@ -172,8 +172,8 @@ def check_ex03_2(answer):
 
 
 def ex03_2(T, window):
-    behind = torch.arange(T)[:, None] - torch.arange(T)[None, :]
-    return (behind >= 0) & (behind < window)
+    back = torch.arange(T)[:, None] - torch.arange(T)[None, :]
+    return (back >= 0) & (back < window)
 
 
 def check_ex03_3(answer):
