@@ -213,15 +213,16 @@ def test_long_contexts_lose_their_beginning(examples, tmp_path, block_size):
             assert abs(reference_log_p(theirs, text[:-scored], text[-scored:]) - ours) < 2e-3
 
 
-def test_bfloat16_rounds_and_no_more(model, examples):
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_bfloat16_rounds_and_no_more(model, examples, weights):
+    """In autocast, or with weights in bfloat16: the network rounds, the loss of a token isn't rounded again."""
     exact, _ = score(model, examples, BYTES)
-    rounded, counts = score(model, examples, BYTES, dtype=torch.bfloat16)
+    rounded, counts = score(copy.deepcopy(model).to(weights), examples, BYTES,
+                            dtype=torch.bfloat16 if weights == torch.float32 else None)
     error = ((rounded - exact) / counts).abs()
     assert 0 < error.mean() < 0.05  # nats per token
-    # a loss rounded to 8 bits would be a multiple of 1/32 (it's below 8): the sums are not
+    # a loss with 8 bits would be a multiple of 1/32 (it's below 8): the sums are not
     assert (rounded * 32).frac().abs().gt(1e-3).float().mean() > 0.5
-    rounded, _ = score(copy.deepcopy(model).to(torch.bfloat16), examples, BYTES)
-    assert 0 < ((rounded - exact) / counts).abs().mean() < 0.1
 
 
 def test_a_mac_sees_no_float64(model, examples, monkeypatch):
@@ -408,8 +409,8 @@ def test_where_the_file_is_looked_for(tmp_path, monkeypatch):
     (tmp_path / "data" / "hellaswag").mkdir(parents=True)
     default = Path("data", "hellaswag", "hellaswag_val.jsonl")
     assert hellaswag.find_data() == default and default.read_text() == "downloaded"
-    default.write_text("here already")
-    assert hellaswag.find_data() == default and default.read_text() == "here already"
+    monkeypatch.setattr(hellaswag, "download", lambda file: pytest.fail("it's there"))
+    assert hellaswag.find_data() == default
     a, b = tmp_path / "a", tmp_path / "b"
     for folder in (a, b):
         folder.mkdir()
@@ -537,15 +538,6 @@ def test_without_a_network_it_fails_at_once(hub, tmp_path, offline):
     assert ("offline mode" if offline == "1" else "refused") in said and not (tmp_path / "data").exists()
 
 
-def test_the_hub_is_asked_before_its_library_repeats_itself(monkeypatch, tmp_path):
-    """No wall time is asserted: the download, which would repeat its question, isn't even begun."""
-    import huggingface_hub
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, timeout: 1 / 0)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args, **kwargs: pytest.fail("begun"))
-    with pytest.raises(UserError, match="division by zero"):
-        hellaswag.download(tmp_path / "file")
-
-
 # ------------------------------------------------------------------------------------------------------------
 # the command line
 
@@ -558,7 +550,7 @@ def folder(model, tmp_path_factory):
     return str(folder)
 
 
-def test_main_on_an_exported_model(folder, model, examples, capsys):
+def test_main_scores_and_shows(folder, model, examples, capsys):
     argv = ["--model", folder, "--data", str(FIXTURE), "--device", "cpu", "--dtype", "float32"]
     results, expected = hellaswag.main(argv), evaluate(model, examples, BYTES)
     assert accuracies(results) == accuracies(expected)
@@ -566,23 +558,18 @@ def test_main_on_an_exported_model(folder, model, examples, capsys):
     assert "12 questions:" in out and f"{folder}, float32 on cpu" in out
     for rule in RULES:
         assert f"  {rule:14s}  {expected[rule]:.4f} +- {expected[rule + '_stderr']:.4f}  " in out
-    results = hellaswag.main([*argv, "--limit", "5", "--harness"])
+    results = hellaswag.main([*argv, "--limit", "5", "--show", "3", "--harness"])
     assert results["n"] == 5
     assert accuracies(results) == accuracies(evaluate(model, examples[:5], BYTES, harness=True))
-    assert "5 questions, by the rules of the harness" in capsys.readouterr().out
-
-
-def test_main_shows_questions_losses_and_picks(folder, model, examples, capsys):
-    argv = ["--model", folder, "--data", str(FIXTURE), "--device", "cpu", "--dtype", "float32"]
-    hellaswag.main([*argv, "--show", "3", "--limit", "4"])
     out = capsys.readouterr().out
-    losses = [-a / b for a, b in zip(*score(model, examples[:3], BYTES))]
-    for number, (e, row) in enumerate(zip(examples[:3], losses), start=1):
-        assert f"{number}. {e['ctx']}\n" in out
-        for j, (ending, loss) in enumerate(zip(e["endings"], row.tolist())):
-            mark = (">" if j == row.argmin() else " ") + ("*" if j == e["label"] else " ")
+    assert "5 questions, by the rules of the harness" in out and "\n4. " not in out
+    for number, e in enumerate(examples[:3], start=1):
+        context, endings = hellaswag.question(e, harness=True)
+        losses = [-a / b for a, b in zip(*(t[0].tolist() for t in score(model, [e], BYTES, harness=True)))]
+        assert f"{number}. {context}\n" in out
+        for j, (ending, loss) in enumerate(zip(endings, losses)):
+            mark = (">" if loss == min(losses) else " ") + ("*" if j == e["label"] else " ")
             assert f"  {mark} {loss:6.3f}  {ending}\n" in out
-    assert examples[3]["ctx"] not in out
 
 
 def test_wrong_input_is_one_line(folder, tmp_path):
@@ -621,16 +608,6 @@ def test_the_command_as_people_run_it(folder, tmp_path):
     odd.write_text(record(ctx="A \ufffd man \u4e2d boils water. he"))
     done = run("--model", folder, "--data", str(odd), "--show", "1", "--device", "cpu")
     assert done.returncode == 0 and b"1. A ? man ? boils water. he" in done.stdout, done.stderr
-
-
-def test_import_is_light_and_silent(tmp_path):
-    code = """if True:
-        import sys, hellaswag
-        heavy = {"transformers", "datasets", "tiktoken", "tokenizers", "pyarrow", "huggingface_hub", "train_gpt2"}
-        assert not heavy & set(sys.modules), heavy & set(sys.modules)"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0 and done.stdout == done.stderr == "" and not list(tmp_path.iterdir()), done.stderr
 
 
 # ------------------------------------------------------------------------------------------------------------
