@@ -1294,6 +1294,7 @@ def describe_run(model, train, val, start, B, cfg, meta, world):
                 f"{rows // B // world.size} accumulated x {world.size} processes\n"
                 f"steps: {start} to {cfg.max_steps}, {cfg.max_steps / epoch:.2f} epochs"
                 + ", all within the warm-up" * (cfg.warmup_steps >= cfg.max_steps)
+                + ", since there is no checkpoint to resume yet" * (cfg.resume and start == 0)
                 + f"; log and checkpoints go to {cfg.log_dir}")
 
 
