@@ -169,7 +169,7 @@ def test_the_backward_pass_gets_no_gradient_of_the_logits():
 
 
 def compile_on_pretended_gpus():
-    """Rig this process: the run takes place on a GPU, where rank 1 runs out of memory with 8 rows. It prints when a
+    """Rig this process: the run takes place on a GPU, where rank 1 runs out of memory at first. It prints when a
     backward graph is made ("made") and run ("graph"), when a bucket of gradients leaves, and where they are kept.
     """
     import torch.distributed as dist
@@ -194,17 +194,18 @@ def compile_on_pretended_gpus():
             work = dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), async_op=True)
             return work.get_future().then(lambda done: done.value()[0])
 
-        def forward(self, x, y):
-            if len(x) == 8 and dist.get_rank() == 1:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return super().forward(x, y)
-
     class GPU(World):
         def __init__(self, cfg):
             super().__init__(cfg)
             self.device = Pretended("cpu")
 
-    step = train_gpt2.train_step
+    step, backwards, calls = train_gpt2.train_step, torch.Tensor.backward, []
+
+    def out_of_memory(loss):
+        calls.append(1)
+        if len(calls) == 1 and dist.get_rank() == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return backwards(loss)
 
     def rigged(model, *arguments):
         print("step", flush=True)
@@ -214,6 +215,7 @@ def compile_on_pretended_gpus():
         return result
 
     train_gpt2.DDP, train_gpt2.World, train_gpt2.train_step = DDP, GPU, rigged
+    torch.Tensor.backward = out_of_memory
     torch.Tensor.pin_memory, torch.cuda.max_memory_allocated = lambda tensor: tensor, lambda: 0
     train_gpt2.main(sys.argv[1:])
     sys.exit()
@@ -307,9 +309,11 @@ def fail_in_step_3():
 
 def test_a_process_that_fails_says_so_and_leaves(base, tmp_path):
     running = start_many(2, command(base), tmp_path, fail_in_step_3)
-    assert running[1].wait() == 1
-    running[0].process.terminate()  # as torchrun does then; until that it may wait
-    running[0].wait()
+    try:
+        assert running[1].wait(60) == 1
+    finally:
+        running[0].process.kill()  # as torchrun does then; until that it may wait
+        running[0].wait()
     assert "Traceback" in running[1].err and running[1].err.rstrip().endswith("RuntimeError: a bug in a fork")
 
 
