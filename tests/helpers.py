@@ -69,9 +69,6 @@ class FakeWorld:
     def print(self, *args):
         self.printed.append(" ".join(map(str, args)))
 
-    def close(self):
-        pass
-
 
 def run_worlds(size, do, model):
     """do(world, a copy of the model) on `size` threads that play the processes; world.sum adds over them."""
