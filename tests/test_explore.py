@@ -330,9 +330,9 @@ def test_typing_drawing_and_switching(made, browser):
     assert [id for id, _ in bars] == kept.indices[:20].tolist()
     close([p for _, p in bars], kept.values.softmax(-1)[:20], 1e-4)
     browser.ask("document.querySelector('#switches [data-part=\"1.2\"]').click()")
+    browser.wait("document.querySelector('#effect').textContent.includes('now')")  # drawn after the next token
     off = reference(model, ids, ("1.2",))[0][-1]
     assert browser.ask("document.querySelector('.bar').dataset.id") == str(int(off.argmax()))
-    assert "now" in browser.ask("document.querySelector('#effect').textContent")
     assert "off=1.2" in browser.ask("location.hash")
     browser.ask("document.querySelector('.bar').click()")
     assert browser.ask(shown) == ids + [int(off.argmax())]
