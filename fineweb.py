@@ -163,7 +163,8 @@ def clean(documents):
     """Leaves out empty documents (two marks in a row would teach nothing), cuts endless ones, refuses what isn't text,
     and mends halves of characters: JSON may say "\\ud83d\\ude00" for an emoji. A half on its own becomes U+FFFD."""
     for text in documents:
-        insist(text is None or isinstance(text, str), f"not a text: {text!r:.60} (--text_column)")
+        if not isinstance(text, (str, type(None))):     # `insist` would first write out each text for its message
+            raise UserError(f"not a text: {text!r:.60} (--text_column)")
         if text and not text.isascii():
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         yield from (text[i:i + LONGEST] for i in range(0, len(text or ""), LONGEST))
@@ -290,6 +291,9 @@ class Tokenizer:
             library = tokenizers.Tokenizer.from_str(text)
         except Exception as error:      # it raises nothing more specific
             raise UserError(f"tokenizer {name}: not a tokenizer.json ({one_line(error)})") from None
+        library.no_truncation()         # a file may ask for 512 ids of any text
+        library.no_padding()
+        library.encode_special_tokens = True        # <|endoftext|> within a text is text
         self.json, self.name, self.library, self.fast = text, name, library, None
         ids, model = library.get_vocab(), json.loads(library.to_str())["model"]
         self.n_vocab, self.eot_token = max(ids.values(), default=-1) + 1, ids.get(EOT, ids.get(eot, eot))
@@ -302,9 +306,6 @@ class Tokenizer:
                 from tiktoken_ext.openai_public import r50k_pat_str         # how it cuts text into words
                 ranks = {bytes(map(letters.get, token)): i for i, token in enumerate(tokens)}
                 self.fast = tiktoken.Encoding(name, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
-        library.no_truncation()         # a file may ask for 512 ids of any text
-        library.no_padding()
-        library.encode_special_tokens = True        # <|endoftext|> within a text is text
 
     def encode_ordinary(self, text):
         if self.fast:
@@ -354,15 +355,16 @@ def tokenize(text, tokenizer):
     >>> tokenize("hi", load_tokenizer("bytes"))
     array([256, 104, 105], dtype=uint16)
     """
-    fast = getattr(tokenizer, "fast", tokenizer)
-    if not hasattr(fast, "encode_to_numpy"):
-        return np.array([tokenizer.eot_token, *tokenizer.encode_ordinary(text)], np.uint16)
-    encode = partial(fast.encode_to_numpy, disallowed_special=())       # without a Python object for each id
+    encode = tokenizer.encode_ordinary
+    if hasattr(fast := getattr(tokenizer, "fast", tokenizer), "encode_to_numpy"):
+        encode = partial(fast.encode_to_numpy, disallowed_special=())   # without a Python object for each id
     try:
         ids = encode(text)
     except ValueError:              # a million blanks in a row are too many for tiktoken's regex engine
         ids = np.concatenate([encode(text[i:i + 50_000]) for i in range(0, len(text), 50_000)])
-    return np.insert(ids.astype(np.uint16), 0, tokenizer.eot_token)
+    tokens = np.empty(len(ids) + 1, np.uint16)
+    tokens[0], tokens[1:] = tokenizer.eot_token, ids
+    return tokens
 
 
 def tokenize_batch(texts, tokenizer=None):
@@ -444,10 +446,8 @@ def write_shards(documents, out, tokenizer="gpt2", *, val=None, name="corpus", s
     ranks = getattr(getattr(tokenizer, "fast", tokenizer), "_mergeable_ranks", {})
     lengths = np.zeros(tokenizer.n_vocab, np.uint16)
     lengths[list(ranks.values())] = list(map(len, ranks))
-    limit = dict.fromkeys(("val", "train"), sys.maxsize)
-    if max_tokens:
-        limit["val"] = max(1, int(max_tokens * val_fraction))
-        limit["train"] = max_tokens - limit["val"]
+    limit = {"val": max(1, int(max_tokens * val_fraction)) if max_tokens else sys.maxsize}
+    limit["train"] = max_tokens - limit["val"] if max_tokens else sys.maxsize
     streams = [documents] if val is None else [val, documents]
     for number in range(record["next"]["stream"], len(streams)):
         work, left = tokenized(batches(streams[number], record["next"]), tokenizer, workers), (START, ())

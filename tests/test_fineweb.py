@@ -224,11 +224,14 @@ def test_split_is_drawn_from_the_seed():
     assert all(40 < times < 120 for times in often)
 
 
-def test_of_a_large_corpus_the_beginning_is_shuffled(monkeypatch):
-    """Memory stays bounded; what comes later is train, in its order, and is not even read."""
+def test_of_a_large_corpus_the_beginning_is_shuffled(tmp_path, monkeypatch):
+    """Memory stays bounded: what comes later is train, in its order."""
     monkeypatch.setattr(fineweb, "SHUFFLED", 1000)
     val, train, rest = fineweb.split_documents(iter(TEXTS), 0.2, seed=3)
     assert 1 < len(val) < 5 and len(val + train) < 20 and list(rest) == TEXTS[len(val + train):]
+    (tmp_path / "t.txt").write_text("\n\n\n".join(TEXTS))
+    meta = fineweb.main(["--source", str(tmp_path / "t.txt"), "--tokenizer", "bytes", "--out", str(tmp_path / "o")])
+    assert sum(shard["documents"] for shard in meta["shards"]) == len(TEXTS)
 
 
 def test_a_single_document_is_cut(capsys):
@@ -266,15 +269,12 @@ def test_bpe_equals_the_tokenizers_library(bpe):
         assert bpe.decode(bpe.encode_ordinary(text)) == text
 
 
-def test_bpe_of_a_short_text():
+def test_bpe_of_too_little_text_and_of_too_much(monkeypatch):
     with pytest.raises(UserError, match=r"too short for 5000 ids: use --tokenizer bpe:\d+") as told:
         fineweb.train_tokenizer(iter(TEXTS), 5000)
     enough = int(str(told.value).split("bpe:")[1].split()[0])
     assert fineweb.train_tokenizer(iter(TEXTS), enough).n_vocab == enough
-
-
-def test_bpe_learns_from_a_bounded_sample(monkeypatch):
-    monkeypatch.setattr(fineweb, "BPE_SAMPLE", 500)
+    monkeypatch.setattr(fineweb, "BPE_SAMPLE", 500)             # it learns from a bounded sample
     texts = iter(TEXTS)
     fineweb.train_tokenizer(texts, 260)
     assert len(list(texts)) > 40
@@ -1003,20 +1003,6 @@ def test_next_to_no_text(tmp_path, content, tokenizer):
         assert done.returncode == 0 and "is ready" in done.stdout
     else:
         assert done.returncode == 2 and "fineweb.py: " in done.stderr.splitlines()[-1]
-
-
-@pytest.mark.slow
-def test_builtin_command(tmp_path, capsys, builtin_texts):
-    meta = fineweb.main(["--source", "builtin", "--tokenizer", "bpe:300", "--max_tokens", "200000", "--out",
-                         str(tmp_path / "o")])
-    told = capsys.readouterr().out
-    assert "GB needed" in told and "free" in told and "0.34 steps of 524,288" in told
-    assert (meta["name"], meta["source"], meta["tokenizer"], meta["vocab_size"]) == (
-        "builtin", "builtin", "bpe:300", 300)
-    assert meta["revision"].startswith("Python 3.") and sum(shard["tokens"] for shard in meta["shards"]) == 200_000
-    text = fineweb.load_tokenizer(tmp_path / "o").decode(sum(read_shards(tmp_path / "o", "train"), []))
-    builtin = set(builtin_texts)
-    assert all(document in builtin for document in text.split("<|endoftext|>")[1:4])
 
 
 def test_a_bpe_job_goes_on_with_its_tokenizer(tmp_path, monkeypatch, small_batches):
