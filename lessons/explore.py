@@ -22,7 +22,7 @@ from fineweb import Parser, UserError, read_json, tokenizer_to_json, write_file 
 
 LARGEST = 150e6  # bytes: a browser holds the page, its decoded weights and their float32 copy at the same time
 TEXT = "Return the number of items in the list. If the list is empty, return the"
-ABOUT = {"builtin": "It learned from the documentation that every Python carries, so it knows little else.",
+ABOUT = {"builtin": "It learned from the documentation that comes with Python, so it knows little else.",
          "tinystories": "It learned from short stories for children, so it knows little else.",
          "edu_fineweb10B": "It learned from educational web pages."}
 
@@ -46,8 +46,8 @@ def lines_of(thing, words):
     if words:
         at = next(i for i, line in enumerate(lines) if words in line)
         lines, first = [lines[at]], first + at
-    return {"file": Path(inspect.getsourcefile(inspect.unwrap(thing))).name, "first": first, "last": first + len(lines) - 1,
-            "source": inspect.cleandoc("\n" + "".join(lines))}
+    return {"file": Path(inspect.getsourcefile(inspect.unwrap(thing))).name,
+            "first": first, "last": first + len(lines) - 1, "source": inspect.cleandoc("\n" + "".join(lines))}
 
 
 def make_page(model, tokenizer, text=TEXT, about=""):
@@ -58,7 +58,8 @@ def make_page(model, tokenizer, text=TEXT, about=""):
                for name, p in model.named_parameters()}
     told = json.loads(tokenizer_to_json(tokenizer))
     filled = json.dumps({
-        "config": {"block_size": c.block_size, "n_vocab": n_vocab, "n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd},
+        "config": {"block_size": c.block_size, "n_vocab": n_vocab, "n_layer": c.n_layer, "n_head": c.n_head,
+                   "n_embd": c.n_embd},
         "eot": tokenizer.eot_token, "text": text, "about": about,
         "tokenizer": {"vocab": told["model"]["vocab"],
                       "merges": [m.split(" ") if isinstance(m, str) else m for m in told["model"]["merges"]],
@@ -69,7 +70,8 @@ def make_page(model, tokenizer, text=TEXT, about=""):
     n = sum(p.numel() for p in weights.values())
     size = n * 2 * 4 / 3 + len(filled)  # float16 is two bytes, and base64 writes three bytes as four
     if size > LARGEST:
-        raise UserError(f"{n:,} weights would make a page of {size / 1e6:,.0f} MB: browsers open up to {LARGEST / 1e6:.0f} MB well")
+        raise UserError(f"{n:,} weights would make a page of {size / 1e6:,.0f} MB: "
+                        f"browsers open up to {LARGEST / 1e6:.0f} MB well")
     blob = b"".join(p.detach().cpu().numpy().astype("<f2").tobytes() for p in weights.values())
     if not np.isfinite(np.frombuffer(blob, "<f2")).all():
         raise UserError("the model has weights that are not finite, or above 65,504, the largest float16")
