@@ -165,7 +165,9 @@ def clean(documents):
     for text in documents:
         if not isinstance(text, (str, type(None))):     # `insist` would first write out each text for its message
             raise UserError(f"not a text: {text!r:.60} (--text_column)")
-        if text and not text.isascii():
+        try:
+            (text or "").encode()
+        except UnicodeEncodeError:
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         yield from (text[i:i + LONGEST] for i in range(0, len(text or ""), LONGEST))
 
