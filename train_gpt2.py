@@ -1160,7 +1160,7 @@ def tokenizer_of(model, checkpoint, source):
     if checkpoint and (name := checkpoint["data"]["tokenizer"]) != "gpt2":
         if checkpoint["tokenizer"] is None:
             raise UserError(f"{source}: the run had no tokenizer at hand ({name}), and so its checkpoint has none")
-        tokenizer = fineweb.tokenizer_from_json(checkpoint["tokenizer"], name)
+        tokenizer = fineweb.tokenizer_from_json(checkpoint["tokenizer"], name, checkpoint["data"]["eot"])
     elif checkpoint:
         tokenizer = load_tokenizer("gpt2")
     else:

@@ -3,6 +3,7 @@ come from scratch, from a checkpoint, from a folder."""
 import json
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -148,6 +149,25 @@ def test_transformers_stops_where_a_padded_model_says(world):
         theirs.transformer.wte.weight[256] *= 100
     out = theirs.generate(torch.tensor([[65, 66]]), max_new_tokens=9, do_sample=False, pad_token_id=0)
     assert out.tolist() == [[65, 66, 256]]
+
+
+def test_the_mark_is_the_end_of_a_text_not_its_beginning(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "bos_token_id": 1, "eos_token_id": 2}))
+    assert GPT.from_pretrained(tmp_path).eot == 2
+
+
+def test_tokenizers_with_different_marks_are_not_the_same():
+    one, other = (SimpleNamespace(encode_ordinary=lambda text: [1, 2], eot_token=eot) for eot in (3, 4))
+    assert train_gpt2.same_ids(one, one) and not train_gpt2.same_ids(one, other)
+
+
+def test_a_log_with_damaged_checkpoints_only_is_not_begun_anew(tmp_path):
+    for step in (1, 2):
+        (tmp_path / f"ckpt_{step:08d}.pt").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="damaged"):
+        train_gpt2.find_checkpoint(tmp_path)
 
 
 # ---- too little
