@@ -104,8 +104,7 @@ def question(example, harness=False):
 
 
 def tidy(text):
-    """The harness's clean-up of one text (its tasks/hellaswag/utils.py). The order matters: the two spaces
-    around a bracket meet when it goes, and only then become one."""
+    """The harness's clean-up of a text. The spaces around a bracket meet when it goes, and only then become one."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
@@ -232,9 +231,12 @@ def log_p(model, rows):
     target = torch.tensor([token for row in rows for token in row.target], device=device)  # (targets,)
     # 512 at a time, 0.1 GB of logits with GPT-2's vocabulary. And in float32: with the 8 bits of bfloat16 the loss of a
     # token, about 10 at first, would be rounded to a multiple of 1/16.
-    return -torch.cat([
-        F.cross_entropy(model.lm_head(part)[:, :model.n_vocab].float(), ids, reduction="none")
-        for part, ids in zip(x.flatten(0, 1)[at].split(512), target.split(512))])   # (targets,)
+    losses = []
+    for part, ids in zip(x.flatten(0, 1)[at].split(512), target.split(512)):
+        logits = model.lm_head(part).float()                                        # (512, V)
+        logits[:, model.n_vocab:] = -math.inf  # ids that only pad the vocabulary; to cut them off would copy the rest
+        losses.append(F.cross_entropy(logits, ids, reduction="none"))               # (512,)
+    return -torch.cat(losses)                                                       # (targets,)
 
 
 def score(model, examples, tokenizer=None, *, dtype=None, max_tokens=None, harness=False, progress=False):
@@ -246,7 +248,7 @@ def score(model, examples, tokenizer=None, *, dtype=None, max_tokens=None, harne
         raise UserError(f"the tokenizer has {tokenizer.n_vocab} ids, the model knows {model.n_vocab}: use the "
                         "tokenizer that the model was trained with")
     device = next(model.parameters()).device
-    max_tokens = max_tokens or (512 if device.type == "cpu" else 16384)
+    max_tokens = max_tokens or (256 if device.type == "cpu" else 16384)  # more is slower on a CPU
     rows = [row for i, example in enumerate(examples)
             for row in rows_of(*encode_question(example, tokenizer.encode_ordinary, harness),
                                range(4 * i, 4 * i + 4), model.config.block_size)]
@@ -295,8 +297,7 @@ def evaluate(model, examples, tokenizer=None, *, rank=0, world_size=1, all_reduc
     model: our GPT, uncompiled (raw_model in train_gpt2.py), on its device. tokenizer: by default GPT-2's.
     rank, world_size: this process scores examples rank, rank + world_size, ..., which may be none.
     all_reduce: adds up a tensor over the processes, in place or returned; all of them have to call.
-    dtype: torch.bfloat16 or torch.float16 computes in autocast; None: in the dtype of the weights.
-    max_tokens: of one forward pass, filling included. None: 512 on a CPU (more is slower there), else 16384.
+    dtype: torch.bfloat16 or torch.float16 computes in autocast. max_tokens: of one forward pass, filling included.
     """
     start = time.perf_counter()
     if not (examples := list(examples)):
@@ -412,7 +413,7 @@ def parse_args(argv):
     add("--harness", action="store_true", help="the text rules of lm-evaluation-harness")
     add("--device", default="auto", help="cuda, cuda:1, mps, cpu; auto: the best there is")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="of activations")
-    add("--max_tokens", type=int, help="tokens of a forward pass, by default 512 on a CPU, else 16384")
+    add("--max_tokens", type=int, help="tokens of a forward pass, by default 256 on a CPU, else 16384")
     args = parser.parse_args(argv)
     if min(n for n in (args.limit, args.show + 1, args.max_tokens) if n is not None) < 1:
         raise UserError("--limit and --max_tokens must be at least 1, --show at least 0")
@@ -432,7 +433,6 @@ def main(argv=None):
     options = dict(dtype=dtype, max_tokens=args.max_tokens, harness=args.harness)
     if some := examples[:args.show]:
         show(some, *score(model, some, tokenizer, **options), args.harness)
-        print()
     results = evaluate(model, examples, tokenizer, progress=True, **options)
     print(f"HellaSwag val, {results['n']:,} questions{', by the rules of the harness' * args.harness}: "
           f"{args.model}, {str(dtype)[6:]} on {device}, {results['examples_per_second']:.1f} examples/s")
