@@ -427,7 +427,7 @@ def main(argv=None):
     examples = list(islice(iterate_examples(path=args.data), args.limit))
     from train_gpt2 import load_model, pick_device, pick_dtype
     device = pick_device(args.device)
-    dtype, _ = pick_dtype(args.dtype, device)
+    dtype = pick_dtype(args.dtype, device)
     model, tokenizer = load_model(args.model)
     model = model.to(device)
     options = dict(dtype=dtype, max_tokens=args.max_tokens, harness=args.harness)

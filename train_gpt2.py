@@ -22,7 +22,9 @@ on real machines; skip that on a first reading.
     8  the run         build everything, then one loop
     9  processes       one GPU or many, which number format, how many rows fit
     10 log, checkpoints    what is written, and how a killed run continues
-    11 command line    flags, presets, and the actions eval, sample, export
+    11 sources         where models, tokenizers, text and questions come from
+    12 words           what a run says of itself
+    13 command line    flags, presets, and the actions eval, sample, export
 
 Letters for the sizes of tensors, used everywhere below, with their values in GPT-2 (124M):
 
@@ -39,14 +41,16 @@ import argparse
 import contextlib
 import functools
 import inspect
+import io
 import json
 import math
 import os
 import re
 import signal
+import statistics
 import sys
-import threading
 import time
+import traceback
 import typing
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
@@ -65,7 +69,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import fineweb
 import hellaswag
-from fineweb import UserError, load_tokenizer, open_shards, read_json, read_meta, write_file
+from fineweb import UserError, insist, load_tokenizer, open_shards, read_json, read_meta, write_file
 from hellaswag import evaluating
 
 
@@ -644,21 +648,19 @@ def train(cfg):
     """The action `train`: one run, from what cfg says -> its log, {stream: {step: value}}."""
     # ---- build. What is wrong with the input shows here, before it has cost anything.
     world = World(cfg)
-    prepare_builtin(cfg, world)
-    meta = read_meta(cfg.data_dir)
-    raw_model, checkpoint = first_model(cfg, meta, world)
+    meta, tokenizer = open_data(cfg, world)  # the tokenizer is for samples and HellaSwag; training itself reads ids
+    raw_model, checkpoint = first_model(cfg, meta, tokenizer, world)
     train_data = Corpus(cfg.data_dir, "train", cfg.block_size, cfg.vocab_size)
     val_data = Corpus(cfg.data_dir, "val", cfg.block_size, cfg.vocab_size)
     check_sizes(cfg, meta, train_data, world)
-    tokenizer = find_tokenizer(cfg, world)  # for samples and HellaSwag; training itself reads ids
-    questions = find_hellaswag(cfg, world) if tokenizer and 0 < cfg.hellaswag_every <= cfg.max_steps else None
+    questions = find_hellaswag(world) if tokenizer and 0 < cfg.hellaswag_every <= cfg.max_steps else None
     # what the weights are good for: it goes into every checkpoint
     data = dict(tokenizer=meta["tokenizer"], n_vocab=meta["vocab_size"], eot=meta["eot"],
                 train_tokens=train_data.n_tokens)
     carried = fineweb.tokenizer_to_json(tokenizer) if tokenizer and meta["tokenizer"] != "gpt2" else None
 
     optimizers = configure_optimizers(raw_model.to(world.device), cfg, world.device, world.dtype)
-    start = restore(checkpoint, raw_model, optimizers, data, tokenizer, cfg, world)
+    start = restore(checkpoint, raw_model, optimizers, data, cfg, world)
     # Two names for one set of parameters. `model` is compiled and averages gradients over processes; it wants fixed
     # shapes and all processes, so training and val loss go through it. HellaSwag, samples and checkpoints use
     # `raw_model`, which takes any shape and can be used by one process alone.
@@ -674,7 +676,7 @@ def train(cfg):
     def due(every):  # every so many steps (0: never), and after the last one
         return every > 0 and (step % every == 0 or step == cfg.max_steps)
 
-    with log, catch_signals() as stop:
+    with contextlib.closing(log), catch_signals() as stop:
         for step in range(start, cfg.max_steps + 1):
             stopping = world.any(stop.asked)  # a signal to one process stops all of them, at the same step
 
@@ -734,33 +736,28 @@ def train(cfg):
 # =====================================================================================================================
 
 # ----------------------------------------------------------------------------------- 9. processes and devices
-# A process that trains alone and eight that train together run the same lines above. The difference is in here.
 
 class World:
-    """One process or many, on whatever device there is. It answers the same calls in every case, so that no other
-    code has to ask "is this DDP?". torchrun starts the processes and tells each in the environment that it is number
-    RANK of WORLD_SIZE, and number LOCAL_RANK on its machine; without torchrun there is process 0 of 1.
-    """
+    """One process or many, on whatever device: the same calls in every case, so that no other code asks "is this DDP?".
+    torchrun tells each process that it is number RANK of WORLD_SIZE, and number LOCAL_RANK on its machine."""
 
     def __init__(self, cfg):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.distributed = "RANK" in os.environ  # also when torchrun starts one process: it takes the same path
+        self.distributed = "RANK" in os.environ  # one process under torchrun takes the way of many
         self.device = pick_device(cfg.device)
-        self.dtype, why = pick_dtype(cfg.dtype, self.device)
+        self.dtype = pick_dtype(cfg.dtype, self.device)
         # float16 loses what is smaller than 6e-8, as many gradients are. The scaler multiplies the loss, and with it
         # the gradients, and divides them again before the update. For other dtypes it does nothing.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        cuda = self.device.type == "cuda"
-        self.gpu = torch.cuda.get_device_name(self.device) if cuda else ""
-        # Triton, which compiles for GPUs, is missing on some machines and refuses GPUs before Volta.
-        self.compiles = cfg.compile == "1" or (cfg.compile == "auto" and cuda and find_spec("triton") is not None
-                                               and torch.cuda.get_device_capability(self.device) >= (7, 0))
+        self.gpu, self.compiles, cuda = "", cfg.compile == "1", self.device.type == "cuda"
         if cuda:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # TF32: what stays float32 is multiplied with 10 bits
+            self.gpu = torch.cuda.get_device_name(self.device)
+            if cfg.compile == "auto":  # Triton, which compiles, may be missing, and refuses GPUs before Volta
+                self.compiles = bool(find_spec("triton")) and torch.cuda.get_device_capability(self.device) >= (7, 0)
         if self.distributed:
-            if self.device.type == "mps":
-                raise UserError("several processes can't share a Mac's GPU: use --device cpu, or one process")
+            insist(self.device.type != "mps", "several processes can't share a Mac's GPU: use --device cpu")
             # torchrun keeps one store of addresses for all its restarts. The prefix hides the addresses of dead
             # processes; several machines count restarts separately, and have to do without.
             store, rank, size = next(dist.rendezvous("env://"))
@@ -769,8 +766,8 @@ class World:
             dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size,
                                     timeout=timedelta(minutes=30))  # process 0 may be busy alone for a while
             self.group = dist.group.WORLD  # if DDP let go of it last, it would wait for threads that wait for Python
-        self.print(f"device {f'{self.device} {self.gpu}'.strip()}, processes {self.size}, "
-                   f"compile {int(self.compiles)}, {str(self.dtype).removeprefix('torch.')} ({why})")
+        self.print(f"device {f'{self.device} {self.gpu}'.strip()}, processes {self.size}, compile "
+                   f"{int(self.compiles)}, {str(self.dtype).removeprefix('torch.')}")
 
     def print(self, *words):
         """Print once, not once per process."""
@@ -783,12 +780,9 @@ class World:
 
     def compile(self, model):
         """The model as few fused kernels, on devices where that works."""
-        if not self.compiles:
-            return model
-        # Every shape makes a graph, and after 8 of them, counted over all models of a process, PyTorch would silently
-        # train uncompiled.
+        # Every shape makes a graph, and after 8 of them, over all models of a process, PyTorch would silently stop.
         torch._dynamo.config.recompile_limit = 64
-        return torch.compile(model, dynamic=False)
+        return torch.compile(model, dynamic=False) if self.compiles else model
 
     def wrap(self, model):
         """The same model, the same parameters, but backward() averages gradients over processes: 498 MB at 124M."""
@@ -807,16 +801,16 @@ class World:
 
     def any(self, flag):
         """Is it true on any process? All get the same answer, so all do the same next."""
-        return bool(flag) if self.size == 1 else self.sum(torch.tensor(float(flag))).item() > 0
+        return self.sum(torch.tensor(float(flag))).item() > 0
 
     def first(self, do):
         """Process 0 does something while the others wait. If it meets wrong input, all of them stop."""
         error = None
-        if self.rank == 0:
-            try:
+        try:
+            if self.rank == 0:
                 do()
-            except (UserError, OSError) as found:
-                error = found
+        except (UserError, OSError) as found:
+            error = found
         if self.any(error is not None):
             raise error or UserError("process 0 has said why")
 
@@ -832,40 +826,30 @@ def pick_device(name):
 
 
 def pick_dtype(name, device):
-    """The dtype of activations, and why: bfloat16 has float32's range, float16 hasn't and needs the scaler."""
-    if device.type == "mps":
-        if name in ("bfloat16", "float16"):
-            raise UserError(f"--dtype {name}: in half precision, attention on Macs can see later tokens (PyTorch issue "
-                            "195910): use float32")
-        return torch.float32, "the safe choice on a Mac"
+    """The dtype of activations. bfloat16 has the range of float32; float16 hasn't, and needs the scaler."""
+    insist(device.type != "mps" or name in ("auto", "float32"), f"--dtype {name}: in half precision, attention on Macs "
+           "can see later tokens (PyTorch issue 195910): use float32")
     if name != "auto":
-        return getattr(torch, name), "as asked"
-    if device.type == "cpu":
-        can = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # from PyTorch 2.12 on
-        if can.get("avx512_bf16") or can.get("amx_bf16"):
-            return torch.bfloat16, "this CPU computes in it"
-        return torch.float32, "this CPU has no bfloat16 arithmetic"
-    capability = torch.cuda.get_device_capability(device)
-    if capability >= (8, 0):  # is_bf16_supported() counts emulation
-        return torch.bfloat16, "this GPU computes in it"
-    if capability >= (7, 0):
-        return torch.float16, "this GPU is older than bfloat16"
-    return torch.float32, "this GPU is older than fast 16-bit arithmetic"
+        return getattr(torch, name)
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)  # is_bf16_supported() counts emulation too
+        return torch.bfloat16 if capability >= (8, 0) else torch.float16 if capability >= (7, 0) else torch.float32
+    can = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # from PyTorch 2.12 on
+    fast = device.type == "cpu" and (can.get("avx512_bf16") or can.get("amx_bf16"))
+    return torch.bfloat16 if fast else torch.float32
 
 
 def fit_micro_batch(model, cfg, world):
     """Rows per forward: as asked, or with "auto" the most that fit, among the divisors of a process's rows.
 
-    On a GPU we try a forward and backward pass, and half as many rows as long as memory runs out. A CPU is busy with
-    4,096 tokens at a time. The model is tried as it will be trained: DDP splits the graph it compiles, and a graph
-    made without it would be used again and never send gradients while the backward pass still runs.
+    A CPU is busy with 4,096 tokens. On a GPU we try forward and backward, and half as many rows as long as memory
+    runs out. The model is tried as it will be trained: DDP splits the graph it compiles, and a graph made without it
+    would be used again and never send gradients while the backward pass still runs.
     """
     if cfg.micro_batch_size != "auto":
         return cfg.micro_batch_size
-    rows, cuda, tried = cfg.total_batch_size // cfg.block_size // world.size, world.device.type == "cuda", []
 
     def fits(B):
-        spare = loss = None
         try:
             # Adam's two moments, which don't exist yet, and a gigabyte for what else comes and goes.
             spare = torch.empty(2 * sum(p.numel() for p in model.parameters()) + 2**28, device=world.device)
@@ -874,35 +858,33 @@ def fit_micro_batch(model, cfg, world):
                 with world.autocast():
                     loss = model(x, x.clone())[1]  # two tensors: compiled code would note that they are the same
                 loss.backward()
+            return spare is not None
         except RuntimeError as error:  # PyTorch, cuBLAS, Triton and the driver each say it in their own way
             if not re.search("out of memory|ALLOC_FAILED", str(error)):
                 raise
             return False
-        finally:
-            del spare, loss
-            model.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
-        return True
 
     # Kernels that count with 32 bits have failed on 2^31 logits and more.
+    rows, tried, cuda = cfg.total_batch_size // cfg.block_size // world.size, [], world.device.type == "cuda"
     most = (2**31 - 1) // (cfg.block_size * cfg.vocab_size) if cuda else 4096 // cfg.block_size
     for B in range(max(1, min(most, rows)), 0, -1):
         if rows % B == 0 and (not tried or B <= tried[-1] // 2):
             if not cuda:
                 return B
-            tried.append(B)
             fitted = not world.any(not fits(B))
+            model.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
             world.print(f"micro-batch of {B} rows: {'fits' if fitted else 'does not fit'}")
             if fitted:
                 return B
+            tried.append(B)
     raise UserError(f"this GPU's memory is too small, tried {tried} rows: use a smaller --block_size or --preset")
 
 
 @contextlib.contextmanager
 def catch_signals():
-    """Turn SIGTERM, which schedulers send, and Ctrl-C into a request that the loop looks for between two steps."""
-    # A handler can run between any two instructions, in the middle of an update too. If it saved, it could store a
-    # model that is half old and half new, so it only leaves a note.
+    """Turn SIGTERM, which schedulers send, and Ctrl-C into a request that the loop looks for between two steps: a
+    handler that saved could meet a model that is half old and half new."""
     stop = SimpleNamespace(asked=False)
 
     def handler(signum, frame):
@@ -910,8 +892,7 @@ def catch_signals():
             raise KeyboardInterrupt
         stop.asked = True
 
-    in_main = threading.current_thread() is threading.main_thread()  # Python allows handlers only there
-    before = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT) if in_main}
+    before = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield stop
     finally:
@@ -921,24 +902,19 @@ def catch_signals():
 
 # -------------------------------------------------------------------------------------- 10. log and checkpoints
 # The promise: killed at any moment and resumed, a run ends with the same weights and the same log but for tok/s, to
-# the last bit on a CPU. It is easy to keep, since all that a step needs is the state before it and its number. It
-# takes files that are never half written, and a log that drops what came after the checkpoint.
-
-LOG_LINE = r"(\d+) (\S+) (-?\d+(?:\.\d+)?(?:e[-+]?\d+)?|nan|-?inf)\n"  # step, stream, value
-
+# the last bit on a CPU. All that a step needs is the state before it and its number. So it takes files that are never
+# half written, and a log that drops what came after the checkpoint.
 
 class Log:
     """What a run writes into log_dir: log.txt, a line `step stream value` per number; config.json; checkpoints.
 
-    The streams are train, val, hella, lr, norm and tok/s. A resumed run continues the same file, after dropping what
-    belongs to later steps; a new run moves aside what an earlier one left. `values` holds the numbers as {stream:
-    {step: value}}. UserError or OSError if log_dir can't be written, or another run is writing there.
+    The streams are train, val, hella, lr, norm and tok/s. A resumed run continues the file; a new run moves aside what
+    an earlier one left. `values` holds the numbers as {stream: {step: value}}.
     """
 
     def __init__(self, cfg, world, start):
-        self.values, self.pending, self.tracker, self.lock = {}, "", None, None
-        self.folder, self.writes = Path(cfg.log_dir), world.rank == 0
-        self.thread, self.saving = ThreadPoolExecutor(1), None
+        self.folder, self.values, self.writes, self.pending = Path(cfg.log_dir), {}, world.rank == 0, ""
+        self.thread, self.saving, self.tracker = ThreadPoolExecutor(1), None, None
         world.first(lambda: self.open(cfg, start))
 
     def open(self, cfg, start):
@@ -952,35 +928,40 @@ class Log:
             raise UserError(f"another run is writing to {cfg.log_dir}: choose another --log_dir") from None
         except (ImportError, OSError):  # Windows, and some network disks, have no such locks
             pass
-        try:
-            if cfg.wandb:
+        if cfg.wandb:
+            try:
                 import wandb
                 self.tracker = wandb.init(project=cfg.wandb, dir=cfg.log_dir, config=asdict(cfg))
-        except Exception as error:  # not installed, not logged in, not reachable
-            raise UserError(f"--wandb {cfg.wandb}: {fineweb.one_line(error)}") from error
-        if not cfg.resume and (moved := put_aside(self.folder)):
-            print(f"{self.folder} held a run, which is now in {moved} (--resume would have continued it)")
+            except Exception as error:  # not installed, not logged in, not reachable
+                raise UserError(f"--wandb {cfg.wandb}: {fineweb.one_line(error)}") from error
+        old = [file for kind in ("log.*", "config.json", "ckpt_*.pt") for file in self.folder.glob(kind)]
+        if old and not cfg.resume:
+            aside = next(path for n in range(1, 10**6) if not (path := self.folder / f"earlier-{n}").exists())
+            aside.mkdir()
+            for file in old:
+                file.rename(aside / file.name)
+            print(f"{self.folder} held a run, which is now in {aside} (--resume would have continued it)")
         path = self.folder / "log.txt"
-        old = path.read_text().splitlines(keepends=True) if path.exists() else []
-        old = [line for line in old if re.fullmatch(LOG_LINE, line) and int(line.split()[0]) < start]
-        config = json.dumps({**asdict(cfg), "resume": False}, indent=2) + "\n"
-        write_file(path, lambda file: file.write("".join(old).encode()))
-        write_file(self.folder / "config.json", lambda file: file.write(config.encode()))
-        for step, stream, value in map(str.split, old):
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        lines = [line for line in lines if re.fullmatch(r"\d+ \S+ \S+\n", line) and int(line.split()[0]) < start]
+        for step, stream, value in map(str.split, lines):
             self.values.setdefault(stream, {})[int(step)] = float(value)
+        config = json.dumps({**asdict(cfg), "resume": False}, indent=2) + "\n"
+        write_file(path, lambda file: file.write("".join(lines).encode()))
+        write_file(self.folder / "config.json", lambda file: file.write(config.encode()))
 
     def write(self, step, streams):
         """write(3, {"train": 4.2, "norm": 0.9}) writes two lines."""
         for stream, value in streams.items():
             self.values.setdefault(stream, {})[step] = value
-        if self.writes:
-            self.pending += "".join(f"{step} {stream} {value:.8g}\n" for stream, value in streams.items())
-            try:
+            self.pending += f"{step} {stream} {value:.8g}\n"
+        try:
+            if self.writes:
                 with open(self.folder / "log.txt", "a") as file:
                     file.write(self.pending)
-                self.pending = ""
-            except OSError as error:  # a full disk: the lines wait for better times
-                print(f"WARNING: the log of step {step} can't be written yet: {error}")
+            self.pending = ""
+        except OSError as error:  # a full disk: the lines wait for better times
+            print(f"WARNING: the log of step {step} can't be written yet: {error}")
         if self.tracker:
             self.tracker.log(streams, step=step)
 
@@ -991,54 +972,29 @@ class Log:
         """
         if self.writes:
             self.wait()  # for the one before, if the disk is that slow
-            self.saving = self.thread.submit(self.save, step, to_cpu(state, {}), cfg.keep_checkpoints)
+            copy = io.BytesIO()  # the next step changes the weights
+            torch.save(state, copy)
+            self.saving = self.thread.submit(self.save, self.folder / f"ckpt_{step:08d}.pt", copy, cfg.keep_checkpoints)
 
-    def save(self, step, state, keep):
+    def save(self, path, copy, keep):
         try:
-            file = self.folder / f"ckpt_{step:08d}.pt"
-            write_file(file, lambda out: torch.save(state, out))
+            write_file(path, lambda file: file.write(copy.getbuffer()))
             files = checkpoint_files(self.folder)
-            for old in files[files.index(file) + keep:]:  # damaged newer ones don't count
+            for old in files[files.index(path) + keep:]:  # damaged newer ones don't count
                 old.unlink()
-        except (OSError, RuntimeError) as error:  # torch.save has a RuntimeError for a full disk
-            print(f"WARNING: the checkpoint of step {step} can't be written, older ones stay: {error}", flush=True)
+        except OSError as error:
+            print(f"WARNING: {path} can't be written, older checkpoints stay: {error}", flush=True)
 
     def wait(self):
         if self.saving:
             self.saving.result()
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
+    def close(self):
         self.wait()
         if self.tracker:
             self.tracker.finish()
-        if self.lock:
+        if self.writes:
             self.lock.close()
-
-
-def to_cpu(value, copies):
-    """A copy on the CPU of tensors in dicts and lists; wte and lm_head, which are one tensor, are copied once."""
-    if torch.is_tensor(value):
-        if value.data_ptr() not in copies:
-            copies[value.data_ptr()] = value.detach().to("cpu", copy=True)
-        return copies[value.data_ptr()]
-    if isinstance(value, dict):
-        return {key: to_cpu(item, copies) for key, item in value.items()}
-    return [to_cpu(item, copies) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def put_aside(folder):
-    """Move an earlier run's files into folder/earlier-1 (or -2 ...) -> that folder; None if there were none."""
-    old = [file for kind in ("log.txt", "log.png", "config.json", "ckpt_*.pt") for file in folder.glob(kind)]
-    if not old:
-        return None
-    aside = next(path for n in range(1, 10**6) if not (path := folder / f"earlier-{n}").exists())
-    aside.mkdir()
-    for file in old:
-        file.rename(aside / file.name)
-    return aside
 
 
 def checkpoint_files(folder):
@@ -1051,15 +1007,15 @@ def find_checkpoint(source):
     files = [Path(source)] if os.path.isfile(source) else checkpoint_files(source)
     for file in files:
         try:
-            # weights_only: a pickle is a program that builds objects, and could do anything else too; this way it may
-            # only build tensors, numbers, strings, lists and dicts. mmap: what isn't used is never read.
+            # weights_only: a pickle is a program, and this way it may only build tensors, numbers, strings, lists and
+            # dicts. mmap: what isn't used is never read.
             found = dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
-            model_config(found["config"])
+            with torch.device("meta"):  # do the weights have the names and shapes of the model? It takes no memory
+                GPT(model_config(found["config"])).load_state_dict({**found["model"]}, assign=True)
             return {key: found[key] for key in ("step", "config", "data", "tokenizer", "model", "optimizers", "scaler")}
         except Exception as error:  # damaged files fail in a dozen ways
             bad = f"{file} is damaged, or written by another version of this program ({type(error).__name__})"
-            if file == files[-1]:
-                raise UserError(bad) from error
+            insist(file != files[-1], bad)
             print(f"{bad}: trying the one before")
 
 
@@ -1067,27 +1023,19 @@ def find_checkpoint(source):
 FIXED = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "optimizer", "shuffle", "seed", "total_batch_size")
 
 
-def restore(checkpoint, model, optimizers, data, tokenizer, cfg, world):
-    """Put a run into a checkpoint's state -> its step, 0 without one. UserError if model or data have changed.
-
-    The number of processes, the micro-batch, the device and all that is measured or saved may change: none of them
-    decides what a step reads or does. So may the schedule, the rates and the decay, for those who want to.
-    """
+def restore(checkpoint, model, optimizers, data, cfg, world):
+    """Put a run into a checkpoint's state -> its step, 0 without one. Processes, micro-batch, device, the schedule and
+    what is measured or saved may have changed since; UserError if model, text or batch have."""
     start = checkpoint["step"] if checkpoint else 0
-    if world.any(world.sum(torch.tensor(float(start))).item() != start * world.size):
-        raise UserError(f"--log_dir {cfg.log_dir} holds other checkpoints on other machines: use a folder they share")
+    insist(not world.any(world.sum(torch.tensor(float(start))).item() != start * world.size),
+           f"--log_dir {cfg.log_dir} holds other checkpoints on other machines: use a folder they share")
     if not checkpoint:
         return start
-    now = {**{name: getattr(cfg, name) for name in FIXED}, **data}
-    then = {**checkpoint["config"], **checkpoint["data"]}
-    differences = [f"{name} {then.get(name)} -> {now[name]}" for name in now if then.get(name) != now[name]]
-    if tokenizer and checkpoint["tokenizer"] and not differences and not same_ids(
-            tokenizer_of(model, checkpoint, cfg.log_dir), tokenizer):
-        differences = ["the shards have another tokenizer"]
-    if differences:
-        raise UserError(f"--resume: the run in {cfg.log_dir} has other settings ({', '.join(differences)}): give it "
-                        "its own, or start a new one in another --log_dir")
-    load_weights(model, checkpoint)
+    now, then = {**asdict(cfg), **data}, {**checkpoint["config"], **checkpoint["data"]}
+    differ = [f"{name} {then.get(name)} -> {now[name]}" for name in (*FIXED, *data) if then.get(name) != now[name]]
+    insist(not differ, f"--resume: the run in {cfg.log_dir} has other settings ({', '.join(differ)}): give it its own, "
+                       "or start a new one in another --log_dir")
+    model.load_state_dict(checkpoint["model"])
     for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
         for group, saved in zip(optimizer.param_groups, state["param_groups"]):
             # the averages are the checkpoint's, the settings those of cfg
@@ -1098,19 +1046,11 @@ def restore(checkpoint, model, optimizers, data, tokenizer, cfg, world):
     return start
 
 
-def load_weights(model, checkpoint):
-    """The weights of a checkpoint into a model. UserError if the code has changed since, and the model with it."""
-    try:
-        model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
-        raise UserError("the weights of the checkpoint don't have the names and shapes of this model: "
-                        f"{fineweb.one_line(error)}") from error
-
-
-# ------------------------------------------------------------------- 11. the command line and the other actions
+# ----------------------------------------------------------------------- 11. where models, text and questions are
 
 def model_config(values):
-    """The GPTConfig in a dict that has its fields, and perhaps others."""
+    """The GPTConfig in a dict that has its fields, and perhaps others; Hugging Face says n_positions for block_size."""
+    values = {"block_size": values.get("n_positions", GPTConfig.block_size), **values}
     return GPTConfig(**{field.name: values[field.name] for field in fields(GPTConfig) if field.name in values})
 
 
@@ -1121,15 +1061,12 @@ def fetch_pretrained(name):
     """A local folder as it is; the files of a name on the Hugging Face hub, fetched once -> the folder they are in."""
     if os.path.isdir(name):
         return name
-    if name not in OPENAI and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise UserError(f"{name}: no such checkpoint, log folder or Hugging Face folder, and not one of "
-                        f"{', '.join(OPENAI)} or OWNER/NAME")
+    insist(name in OPENAI or re.fullmatch(r"[\w.-]+/[\w.-]+", name), f"{name}: no such checkpoint, log folder or "
+           f"Hugging Face folder, and not one of {', '.join(OPENAI)} or OWNER/NAME")
     from huggingface_hub import HfApi, snapshot_download
-    name = f"openai-community/{name}" if name in OPENAI else name
-    try:  # without a network this question fails at once, where a download would try for half a minute
+    name, offline = f"openai-community/{name}" if name in OPENAI else name, True
+    with contextlib.suppress(Exception):  # this fails at once where a download would try for half a minute
         offline = HfApi().model_info(name, timeout=10) is None
-    except Exception:
-        offline = True
     try:
         return snapshot_download(name, allow_patterns=["config.json", "*.safetensors", "tokenizer.json",
                                                        "tokenizer_config.json"], local_files_only=offline)
@@ -1144,7 +1081,7 @@ def read_model(source):
     if checkpoint is None:
         return GPT.from_pretrained(source), None
     model = GPT(model_config(checkpoint["config"]))
-    load_weights(model, checkpoint)
+    model.load_state_dict(checkpoint["model"])
     model.n_vocab, model.eot = checkpoint["data"]["n_vocab"], checkpoint["data"]["eot"]
     return model, checkpoint
 
@@ -1156,45 +1093,52 @@ def load_model(source):
 
 
 def tokenizer_of(model, checkpoint, source):
-    """The tokenizer that a model was trained with; the model never samples an id that it doesn't have."""
-    if checkpoint and (name := checkpoint["data"]["tokenizer"]) != "gpt2":
-        if checkpoint["tokenizer"] is None:
-            raise UserError(f"{source}: the run had no tokenizer at hand ({name}), and so its checkpoint has none")
-        tokenizer = fineweb.tokenizer_from_json(checkpoint["tokenizer"], name, checkpoint["data"]["eot"])
-    elif checkpoint:
-        tokenizer = load_tokenizer("gpt2")
-    else:
+    """The tokenizer that a model was trained with, or UserError; the model never samples an id that it doesn't have."""
+    if not checkpoint:
         folder = fetch_pretrained(source)
         tokenizer = load_tokenizer(folder if Path(folder, "tokenizer.json").exists() else "gpt2")
-    if tokenizer.n_vocab > model.config.vocab_size:
-        raise UserError(f"{source}: its tokenizer has {tokenizer.n_vocab} ids, its model {model.config.vocab_size}")
+    elif checkpoint["tokenizer"] is None:  # it is GPT-2's, or the run had none at hand
+        tokenizer = load_tokenizer(checkpoint["data"]["tokenizer"])
+    else:
+        data = checkpoint["data"]
+        tokenizer = fineweb.tokenizer_from_json(checkpoint["tokenizer"], data["tokenizer"], data["eot"])
+    insist(tokenizer.n_vocab <= model.config.vocab_size,
+           f"{source}: its tokenizer has {tokenizer.n_vocab} ids, its model {model.config.vocab_size}")
     model.n_vocab, model.eot = min(model.n_vocab, tokenizer.n_vocab), tokenizer.eot_token
     return tokenizer
 
 
-def same_ids(one, other):
-    """Do two tokenizers cut a long text, the docstring of this file, into the same ids?"""
-    return one.encode_ordinary(__doc__) == other.encode_ordinary(__doc__) and one.eot_token == other.eot_token
+def open_data(cfg, world):
+    """What data_dir holds -> (its meta.json, its tokenizer, or None with a word on what the run does without)."""
+    def make():  # the only text that a run prepares for itself, since Python carries it: any other takes hours
+        if not Path(cfg.data_dir, "meta.json").exists():
+            fineweb.main(["--source", "builtin", "--tokenizer", f"bpe:{cfg.vocab_size or 2048}", "--out", cfg.data_dir])
 
-
-def check_tokenizer(model, checkpoint, cfg, meta):
-    """UserError unless a model and the shards speak the same ids; by name where a tokenizer is not at hand."""
+    if cfg.data_dir == PRESETS["laptop"]["data_dir"]:
+        world.first(make)
+    meta = read_meta(cfg.data_dir)
     try:
-        same = same_ids(tokenizer_of(model, checkpoint, cfg.init), load_tokenizer(
-            "gpt2" if meta["tokenizer"] == "gpt2" else cfg.data_dir))
-    except UserError:
-        same = meta["tokenizer"] == (checkpoint["data"]["tokenizer"] if checkpoint else "gpt2")
-    if not same or meta["vocab_size"] > model.config.vocab_size:
-        raise UserError(f"{cfg.data_dir} was made with another tokenizer ({meta['tokenizer']}, {meta['vocab_size']} "
-                        f"ids) than the model {cfg.init}: use shards made with the model's own")
+        return meta, load_tokenizer("gpt2" if meta["tokenizer"] == "gpt2" else cfg.data_dir)
+    except UserError as error:
+        world.print(f"no samples and no HellaSwag: {error}")
+        return meta, None
 
 
-def first_model(cfg, meta, world):
-    """The model that a run begins with -> (model, checkpoint to restore or None): fresh weights, or --init's.
+def check_tokenizer(model, checkpoint, cfg, meta, tokenizer):
+    """UserError unless a model and the shards speak the same ids; by name where a tokenizer is not at hand."""
+    same = meta["tokenizer"] == (checkpoint["data"]["tokenizer"] if checkpoint else "gpt2")
+    with contextlib.suppress(UserError):
+        own = tokenizer_of(model, checkpoint, cfg.init)
+        if tokenizer:  # do both cut a long text, the docstring of this file, into the same ids?
+            same = (own.encode_ordinary(__doc__), own.eot_token) == (
+                tokenizer.encode_ordinary(__doc__), tokenizer.eot_token)
+    insist(same and meta["vocab_size"] <= model.config.vocab_size, f"{cfg.data_dir} was made with another tokenizer "
+           f"({meta['tokenizer']}, {meta['vocab_size']} ids) than the model {cfg.init}: use shards made with its own")
 
-    --block_size may be shorter than that of --init's model: later positions are dropped. Anything else that differs
-    would leave weights without a place, and is a UserError.
-    """
+
+def first_model(cfg, meta, tokenizer, world):
+    """The model that a run begins with -> (model, checkpoint to restore or None): fresh weights, or --init's, of which
+    a shorter --block_size drops the later positions."""
     cfg.vocab_size = cfg.vocab_size or -(-meta["vocab_size"] // 128) * 128
     cfg.resume = world.any(cfg.resume)  # torchrun tells of a restart only where a process died
     checkpoint = find_checkpoint(cfg.log_dir) if cfg.resume else None
@@ -1205,9 +1149,8 @@ def first_model(cfg, meta, world):
         model, origin = read_model(cfg.init)
         wrong = [f"{name} {has}" for name, has in asdict(model.config).items() if has != getattr(cfg, name)
                  and not (name == "block_size" and has > cfg.block_size)]
-        if wrong:
-            raise UserError(f"--init {cfg.init} has {', '.join(wrong)}: leave these flags out")
-        check_tokenizer(model, origin, cfg, meta)
+        insist(not wrong, f"--init {cfg.init} has {', '.join(wrong)}: leave these flags out")
+        check_tokenizer(model, origin, cfg, meta, tokenizer)
         wpe = model.transformer.wpe.weight[:cfg.block_size].detach().clone()
         model.transformer.wpe = nn.Embedding.from_pretrained(wpe, freeze=False)
         model.config = replace(model.config, block_size=cfg.block_size)
@@ -1215,26 +1158,20 @@ def first_model(cfg, meta, world):
     return model, checkpoint
 
 
-def prepare_builtin(cfg, world):
-    """The laptop preset's text comes with Python: make its shards if they are not there. This is the only data that a
-    run makes for itself: anything else takes hours or a network."""
-    def make():
-        if not Path(cfg.data_dir, "meta.json").exists():
-            fineweb.main(["--source", "builtin", "--tokenizer", f"bpe:{cfg.vocab_size or 2048}", "--out", cfg.data_dir])
-
-    if cfg.data_dir == PRESETS["laptop"]["data_dir"]:
-        world.first(make)
-
-
-def find_tokenizer(cfg, world):
-    """The tokenizer of the shards, or None with a word on what the run does without."""
-    try:
-        return load_tokenizer("gpt2" if read_meta(cfg.data_dir)["tokenizer"] == "gpt2" else cfg.data_dir)
-    except UserError as error:
-        world.print(f"no samples and no HellaSwag: {error}")
+def check_sizes(cfg, meta, train, world):
+    """UserError where a step can't be cut into equal parts, or the data does not suffice."""
+    part = cfg.block_size * world.size * (1 if cfg.micro_batch_size == "auto" else cfg.micro_batch_size)
+    near, most = max(1, round(cfg.total_batch_size / part)) * part, train.n_windows * cfg.block_size // part * part
+    insist(cfg.total_batch_size % part == 0, f"--total_batch_size {cfg.total_batch_size} is not a multiple of {part}, "
+           f"the product of micro_batch_size, block_size and processes: use {near}")
+    insist(meta["vocab_size"] <= cfg.vocab_size, f"{cfg.data_dir} has a vocabulary of {meta['vocab_size']} ids, the "
+           f"model one of {cfg.vocab_size}: leave --vocab_size out, or use other data")
+    insist(cfg.total_batch_size <= most, f"{cfg.data_dir} has {train.n_tokens} train tokens, less than a step of "
+           f"{cfg.total_batch_size}: use more text, or "
+           + (f"--total_batch_size {most}" if most else "a smaller --block_size"))
 
 
-def find_hellaswag(cfg, world):
+def find_hellaswag(world):
     """HellaSwag's questions, fetched by one process for all, or None with a word on how to add them."""
     try:
         world.first(hellaswag.find_data)
@@ -1246,39 +1183,20 @@ def find_hellaswag(cfg, world):
 def score_hellaswag(model, questions, tokenizer, world):
     """Print and return HellaSwag's three scores with their standard errors (0.0046 on all 10,042 questions)."""
     score = hellaswag.evaluate(model, questions, tokenizer, rank=world.rank, world_size=world.size,
-                               all_reduce=world.sum, dtype=None if world.dtype == torch.float32 else world.dtype)
+                               all_reduce=world.sum, dtype=world.dtype)
     world.print("HellaSwag: " + ", ".join(f"{rule} {score[rule]:.4f} +- {score[rule + '_stderr']:.4f}"
                                           for rule in ("acc", "acc_norm", "acc_norm_chars")))
     return score
 
 
-def check_sizes(cfg, meta, train, world):
-    """UserError where a step can't be cut into equal parts, or the data does not suffice."""
-    part = cfg.block_size * world.size * (1 if cfg.micro_batch_size == "auto" else cfg.micro_batch_size)
-    most = train.n_windows * cfg.block_size // part * part
-    if cfg.total_batch_size % part:
-        raise UserError(f"--total_batch_size {cfg.total_batch_size} is not a multiple of {part}, the product of "
-                        "micro_batch_size, block_size and processes: use "
-                        f"{max(1, round(cfg.total_batch_size / part)) * part}")
-    if meta["vocab_size"] > cfg.vocab_size:
-        raise UserError(f"{cfg.data_dir} has a vocabulary of {meta['vocab_size']} ids ({meta['tokenizer']}), the model "
-                        f"one of {cfg.vocab_size}: leave --vocab_size out, or use other data")
-    if cfg.total_batch_size > most:
-        raise UserError(f"{cfg.data_dir} has {train.n_tokens} train tokens, less than a step of "
-                        f"{cfg.total_batch_size}: use more text, or "
-                        + (f"--total_batch_size {most}" if most else "a smaller --block_size"))
-
-
-# ---- what a run says of itself
+# ------------------------------------------------------------------------------- 12. what a run says of itself
 
 def describe_loss(loss, tokens, cfg, meta):
-    """A val loss with the name of its text, without which it says nothing. Where the bytes of that text are known, it
-    is given in bits per byte too, the one loss that compares between vocabularies."""
+    """A val loss with the name of its text, without which it says nothing; and in bits per byte, where the bytes are
+    known: the one loss that compares between vocabularies."""
     val = [shard for shard in meta["shards"] if shard["split"] == "val" and shard.get("bytes")]
-    bits = ""
-    if val:
-        bytes_per_token = sum(shard["bytes"] for shard in val) / sum(shard["tokens"] for shard in val)
-        bits = f", {loss / math.log(2) / bytes_per_token:.4f} bits per byte"
+    n_tokens, n_bytes = (sum(shard[key] for shard in val) for key in ("tokens", "bytes"))
+    bits = f", {loss / math.log(2) * n_tokens / n_bytes:.4f} bits per byte" if val else ""
     return f"val loss {loss:.4f}{bits} (on {tokens:,} tokens of {cfg.data_dir})"
 
 
@@ -1305,15 +1223,12 @@ PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 9
 
 
 def describe_step(step, loss, lr, norm, seconds, model, cfg, world):
-    """The console's line for a step: losses, pace, the time left, and the share of the GPU's arithmetic in use.
-
-    That share, "model FLOPs utilization", counts 6N + 12LHQT operations per token (PaLM, appendix B; our C is HQ).
-    """
+    """The console's line for a step. Its MFU, "model FLOPs utilization", is the share of the GPU's arithmetic that
+    6N + 12LHQT operations per token make (PaLM, appendix B; our C is HQ)."""
     # The median of the last steps: the first one, in which the model is compiled, would spoil a mean.
-    recent = sorted(seconds[-21:])
-    left = int((cfg.max_steps - step - 1) * recent[len(recent) // 2])
+    left = int((cfg.max_steps - step - 1) * statistics.median(seconds[-21:]))
     tok_s, mfu = cfg.total_batch_size / seconds[-1], ""
-    # Not the laptop and other variants of a listed GPU: their peaks are different.
+    # The laptop and other variants of a listed GPU have other peaks.
     if peak := next((peak for gpu, peak in PEAK_FLOPS.items()
                      if re.search(rf"\b{gpu}\b(?! (Ti|SUPER|D|Laptop))", world.gpu)), None):
         n = model.num_params() - model.transformer.wpe.weight.numel()  # looking up a position is not a product
@@ -1330,28 +1245,23 @@ def describe_end(cfg, world):
                 f"  python lessons/plot_log.py {cfg.log_dir}\n"
                 f"  python lessons/explore.py {cfg.log_dir} --out my-gpt2.html\n"
                 f"  python train_gpt2.py sample --init {cfg.log_dir} {json.dumps(cfg.prompt)}\n"
-                f"  python train_gpt2.py eval --init {cfg.log_dir}\n"
                 f"  python train_gpt2.py export --init {cfg.log_dir} --out my-gpt2")
 
 
-# ---- the actions: the first word of the command line
+# ------------------------------------------------------------------------------------------ 13. the command line
 
 def evaluate(cfg):
     """eval: the val loss on data_dir, and HellaSwag, of what --init names -> {"val": loss, ...}."""
     world = World(cfg)
-    prepare_builtin(cfg, world)
-    meta, (model, checkpoint) = read_meta(cfg.data_dir), read_model(cfg.init)
-    check_tokenizer(model, checkpoint, cfg, meta)
+    meta, tokenizer = open_data(cfg, world)
+    model, checkpoint = read_model(cfg.init)
+    check_tokenizer(model, checkpoint, cfg, meta, tokenizer)
     val = Corpus(cfg.data_dir, "val", cfg.block_size, cfg.vocab_size)
-    model.to(world.device)
-    loss, tokens = evaluate_loss(model, val, fit_micro_batch(model, cfg, world), cfg, world)
+    B = fit_micro_batch(model.to(world.device), cfg, world)
+    loss, tokens = evaluate_loss(model, val, B, cfg, world)
     world.print(describe_loss(loss, tokens, cfg, meta))
-    score = {}
-    if cfg.hellaswag_every and (questions := find_hellaswag(cfg, world)):
-        try:
-            score = score_hellaswag(model, questions, tokenizer_of(model, checkpoint, cfg.init), world)
-        except UserError as error:
-            world.print(f"HellaSwag was not scored: {error}")
+    questions = find_hellaswag(world) if cfg.hellaswag_every and tokenizer else None
+    score = score_hellaswag(model, questions, tokenizer, world) if questions else {}
     return dict(val=loss, tokens=tokens, **score)
 
 
@@ -1359,9 +1269,8 @@ def sample(cfg, text=None, temperature=0.8, top_k=50, max_new_tokens=200, num_sa
     """sample: what --init names continues a text -> the texts."""
     world = World(cfg)
     model, tokenizer = load_model(cfg.init)
-    text = cfg.prompt if text is None else text
-    texts = continue_text(model.to(world.device), tokenizer, text, num_samples, max_new_tokens, cfg.seed,
-                          temperature, top_k)
+    texts = continue_text(model.to(world.device), tokenizer, cfg.prompt if text is None else text, num_samples,
+                          max_new_tokens, cfg.seed, temperature, top_k)
     world.print("\n\n".join(texts))
     return texts
 
@@ -1375,21 +1284,14 @@ def export(cfg, out):
         print(f"{out} gets no tokenizer: {error}")
     model.save_pretrained(out)
     card = Path(out, "README.md")
-    if not card.exists() or card.read_text().startswith(CARD_HEAD):  # never write over a text of yours
-        said = f"The weights are those of {Path(cfg.init).name}."
-        if checkpoint:
-            c, data = checkpoint["config"], checkpoint["data"]
-            said = (f"Trained for {checkpoint['step']:,} steps of {c['total_batch_size']:,} tokens on "
-                    f"{Path(c['data_dir']).name} ({data['train_tokens']:,} tokens, tokenizer {data['tokenizer']}), "
-                    f"beginning from {'random weights' if c['init'] == 'scratch' else Path(c['init']).name}.")
-        card.write_text(f"{CARD_HEAD}\n# A GPT-2 of {model.config.n_layer} layers and {model.config.n_embd} channels\n"
-                        f"\n{said} It continues texts like those it has read, and has not been taught to follow "
-                        "instructions or to be right.\n")
+    if not card.exists():
+        card.write_text("---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [gpt2]\n---\n\n"
+                        f"# A GPT-2 of {model.config.n_layer} layers and {model.config.n_embd} channels\n\n"
+                        f"Exported from {Path(cfg.init).name}. It continues texts like those it has read, and has not "
+                        "been taught to follow instructions or to be right.\n")
     print(f"wrote {out}; try: python -c \"from transformers import pipeline; "
           f"print(pipeline('text-generation', model='{out}')('Hello'))\"")
 
-
-CARD_HEAD = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [gpt2]\n---\n"
 
 # The first word of a command line -> the function that does it, and the arguments that it takes besides the flags.
 ACTIONS = {
@@ -1402,12 +1304,14 @@ ACTIONS = {
                         "--num_samples": dict(type=int, help="how many texts")}),
     "export": (export, {"--out": dict(required=True, help="the folder to write")}),
 }
+# These can't be 0; all numbers are finite and not negative.
+ABOVE_ZERO = ("block_size", "n_layer", "n_head", "n_embd", "total_batch_size", "micro_batch_size", "max_steps",
+              "max_lr", "val_tokens", "keep_checkpoints")
 
 
 def parse_config(action, argv):
-    """Words -> (TrainConfig, {what the action takes besides}). The fields of TrainConfig are the flags.
-
-    Where a value is given in several places, the first of these wins:
+    """Words -> (TrainConfig, {what the action takes besides}). Where a value is given in several places, the first of
+    these wins:
 
         1 a flag    2 the file of --config    3 --preset
         4 with --resume, what log_dir/config.json remembers; else what --init's model has: its shape for a new run,
@@ -1416,12 +1320,11 @@ def parse_config(action, argv):
     """
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # torchrun starts anew after a death
         argv = [*argv, "--resume"]
-    values = vars(make_parser(action).parse_args(argv))
-    settings = {field.name: values.pop(field.name) for field in fields(TrainConfig) if field.name in values}
-    if "config" in values:
-        settings = {**read_json(values.pop("config")), **settings}
-    preset = PRESETS[values.pop("preset", "gpt2")]
-    settings = {**preset, **settings}
+    given = vars(make_parser(action).parse_args(argv))
+    preset, file = PRESETS[given.pop("preset", "gpt2")], given.pop("config", None)
+    types = {field.name: field.type for field in fields(TrainConfig)}
+    extra = {name: given.pop(name) for name in list(given) if name not in types}
+    settings = {**preset, **(read_json(file) if file else {}), **given}
     log_dir = settings.get("log_dir", TrainConfig.log_dir)
     init = settings.get("init", "scratch" if action == "train" else log_dir)
     remembered = Path(log_dir, "config.json")
@@ -1429,42 +1332,27 @@ def parse_config(action, argv):
         settings = {**read_json(remembered), **settings}
     elif init != "scratch":
         checkpoint = find_checkpoint(init)
-        if checkpoint:
-            found = checkpoint["config"]
-        else:  # config.json of a Hugging Face folder, under its names and ours
-            file = Path(fetch_pretrained(init), "config.json")
-            if not file.exists():
-                raise UserError(f"{init} holds neither a checkpoint (ckpt_*.pt) nor a GPT-2 in Hugging Face's layout")
-            found = read_json(file)
-            found["block_size"] = found.get("n_positions", GPTConfig.block_size)
-        found = asdict(model_config(found)) if action == "train" or not checkpoint else found
+        found = checkpoint["config"] if checkpoint else read_json(Path(fetch_pretrained(init), "config.json"))
+        if action == "train" or not checkpoint:
+            found = asdict(model_config(found))
         settings = {**found, **settings, "init": init}
-    if unknown := settings.keys() - {field.name for field in fields(TrainConfig)}:
-        raise UserError(f"unknown settings in a configuration file: {', '.join(sorted(unknown))}")
-    cfg = TrainConfig(**settings)
-    check_config(cfg)
-    return cfg, values
+    unknown = sorted(settings.keys() - types)
+    insist(not unknown, f"unknown settings in a configuration file: {', '.join(unknown)}")
+    cfg = TrainConfig(**{name: convert(name, types[name], value) for name, value in settings.items()})
+    insist(cfg.n_embd % cfg.n_head == 0, f"--n_embd {cfg.n_embd} is not a multiple of --n_head {cfg.n_head}")
+    insist(cfg.min_lr <= cfg.max_lr, f"--min_lr {cfg.min_lr} is above --max_lr {cfg.max_lr}")
+    return cfg, extra
 
 
 def make_parser(action):
     """A parser whose flags are the fields of TrainConfig, and whose help is the comments after them."""
-    def yes_or_no(text):  # type=bool would take any word for a yes, "0" and "False" too
-        if text not in ("0", "1", "False", "True"):
-            raise ValueError
-        return text in ("1", "True")
-
-    def rows(text):
-        return text if text == "auto" else int(text)
-
     # Without abbreviations, or --max would be max_steps until a second field begins so. With SUPPRESS, what was not
     # given is absent, so that it can be told from what was given its default.
     parser = fineweb.Parser(prog=f"train_gpt2.py {action}", allow_abbrev=False, argument_default=argparse.SUPPRESS)
     source = inspect.getsource(GPTConfig) + inspect.getsource(TrainConfig)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
-    special = {bool: dict(type=yes_or_no, nargs="?", const=True), int | str: dict(type=rows)}
     for field in fields(TrainConfig):
-        choices = typing.get_args(field.type)  # what Literal[...] lists
-        options = special.get(field.type) or (dict(choices=choices) if choices else dict(type=field.type))
+        options = dict(nargs="?", const="1") if field.type is bool else {}
         parser.add_argument(f"--{field.name}", help=comments[field.name].replace("%", "%%"), **options)
     parser.add_argument("--preset", choices=PRESETS, help="a set of values for the flags above")
     parser.add_argument("--config", metavar="FILE.json", help="a file of flags, such as the config.json of a run")
@@ -1473,32 +1361,29 @@ def make_parser(action):
     return parser
 
 
-def check_config(cfg):
-    """UserError, in one line, for values that can't work: before anything is loaded or written."""
-    positive = ("block_size", "n_layer", "n_head", "n_embd", "total_batch_size", "micro_batch_size", "max_steps",
-                "max_lr", "val_tokens", "keep_checkpoints")
-    for field in fields(cfg):
-        name, value, kinds = field.name, getattr(cfg, field.name), typing.get_args(field.type) or (field.type,)
-        number = type(value) in (int, float)
-        if type(kinds[0]) is str or (name == "micro_batch_size" and not number):
-            if value not in (*kinds, "auto"):
-                raise UserError(f"--{name} {value}: choose from {', '.join(map(str, kinds))}")
-        elif type(value) not in kinds and not (number and float in kinds):  # JSON may write 1.0 as 1
-            raise UserError(f"--{name} {value!r}: must be {' or '.join(kind.__name__ for kind in kinds)}")
-        elif number and not (0 < value < math.inf or (value == 0 and name not in positive)):
-            raise UserError(f"--{name} {value}: must {'be above 0' if name in positive else 'not be negative'}")
-    if cfg.n_embd % cfg.n_head:
-        raise UserError(f"--n_embd {cfg.n_embd} is not a multiple of --n_head {cfg.n_head}")
-    if cfg.min_lr > cfg.max_lr:
-        raise UserError(f"--min_lr {cfg.min_lr} is above --max_lr {cfg.max_lr}")
+def convert(name, kind, value):
+    """A word of the command line, or a value in a JSON file -> a field's value, of its type and in its range."""
+    choices = ("0", "1", "False", "True") if kind is bool else typing.get_args(kind)
+    if name == "micro_batch_size":
+        choices, kind = (), str if value == "auto" else int
+    if choices:
+        insist(str(value) in choices, f"--{name} {value}: choose from {', '.join(choices)}")
+        return str(value) in ("1", "True") if kind is bool else value
+    try:
+        new = kind(value)
+    except (TypeError, ValueError):
+        new = None
+    insist(new is not None and (isinstance(value, str) or new == value), f"--{name} {value!r}: must be {kind.__name__}")
+    insist(kind is str or 0 < new < math.inf or new == 0 and name not in ABOVE_ZERO,
+           f"--{name} {value}: must {'be above 0' if name in ABOVE_ZERO else 'not be negative'}")
+    return new
 
 
 def main(argv=None):
     """Run a command line, given as a list of words or else the program's own. UserError on wrong input."""
     argv = list(sys.argv[1:] if argv is None else argv)
     action = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
-    if action not in ACTIONS:
-        raise UserError(f"there is no action {action!r}: choose from {', '.join(ACTIONS)}")
+    insist(action in ACTIONS, f"there is no action {action!r}: choose from {', '.join(ACTIONS)}")
     cfg, extra = parse_config(action, argv)
     try:
         return ACTIONS[action][0](cfg, **extra)
@@ -1511,28 +1396,26 @@ def command():
     """The program: main, with one line instead of a traceback for wrong input -> its exit status."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a Windows console may lack a letter that the model writes
-    status = 1
+    status = 0
     try:
         main()
         if dist.is_initialized():
             dist.destroy_process_group()
-        status = 0
     except (UserError, OSError) as error:
-        status = 2
         # Wrong input is met by all processes, and torchrun ends the others when the first one leaves. So the others
         # give process 0 time to say it; what only they have met is said by them, later.
         time.sleep(10 if os.environ.get("RANK", "0") != "0" else 0)
         print(f"train_gpt2.py: {error}", file=sys.stderr)
-    finally:
-        if "RANK" in os.environ:
-            # Leave at once, after an error too. To close the group of processes would wait for those that wait for
-            # us; and its threads outlive it, and can abort a Python that shuts down.
-            if status == 1:
-                import traceback
-                traceback.print_exc()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
+        status = 2
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    if "RANK" in os.environ:
+        # Leave at once, after an error too. To close the group of processes would wait for those that wait for us; and
+        # its threads outlive it, and can abort a Python that shuts down.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     return status
 
 

@@ -98,7 +98,7 @@ def missing(rung, device, size):
     cpu = device.type == "cpu"
     if rung.tf32 and cpu:
         return "TF32 is in NVIDIA's GPUs"
-    if rung.dtype == torch.bfloat16 and cpu and train_gpt2.pick_dtype("auto", device)[0] != rung.dtype:
+    if rung.dtype == torch.bfloat16 and cpu and train_gpt2.pick_dtype("auto", device) != rung.dtype:
         return "this CPU has no bfloat16 arithmetic; emulated, a step takes several times as long"
     if rung.compile and cpu and (size[2] > 6 or not shutil.which("g++")):
         return "on a CPU compiled at the smaller size only, where it takes a minute and g++"
@@ -122,7 +122,7 @@ def ladder_of(device, size):
         left_out = device.type == "cpu" and (rung.compile or rung.chunked)
         below = below if why or left_out else rung
     cuda = device.type == "cuda"
-    ours = Rung("ours, by default", dtype=train_gpt2.pick_dtype("auto", device)[0], sdpa=True, padded=True, fused=True,
+    ours = Rung("ours, by default", dtype=train_gpt2.pick_dtype("auto", device), sdpa=True, padded=True, fused=True,
                 compile=cuda, tf32=cuda)
     others = [Rung(name, compile=cuda, fused=cuda, **change) for name, change in OTHERS.items()]
     return rungs + [(rung, missing(rung, device, size)) for rung in [*others, ours]]
@@ -267,7 +267,7 @@ def peak_flops(device):
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         return next((flops for gpu, flops in train_gpt2.PEAK_FLOPS.items() if gpu in name), float("nan"))
-    dtype = train_gpt2.pick_dtype("auto", device)[0]
+    dtype = train_gpt2.pick_dtype("auto", device)
     a, b = torch.randn(1024, 768, dtype=dtype), torch.randn(768, 3072, dtype=dtype)
     seconds = in_turn({"mm": lambda: [a @ b for _ in range(10)]}, 5)
     return 10 * 2 * a.numel() * b.size(1) / min(seconds["mm"])

@@ -120,23 +120,16 @@ def test_transformers_reads_the_export(run, monkeypatch):
 
 
 def test_the_export_has_a_model_card(run, monkeypatch):
-    """What was read and for how long; nothing about this machine, and never over somebody's own text."""
+    """Nothing about this machine in it, and never over somebody's own text."""
     import yaml
     folder = run[0]
     in_folder(run, monkeypatch, "export", "--init", "log", "--out", "card")
     _, head, body = (folder / "card/README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(head) == dict(library_name="transformers", pipeline_tag="text-generation", tags=["gpt2"])
-    meta = json.loads((folder / "data/builtin/meta.json").read_text())
-    train_tokens = sum(shard["tokens"] for shard in meta["shards"] if shard["split"] == "train")
-    for fact in ("2 layers and 32 channels", "12 steps of 512 tokens", f"builtin ({train_tokens:,} tokens, tokenizer bpe:300)",
-                 "random weights"):
-        assert fact in body
-    assert str(folder) not in body
-    in_folder(run, monkeypatch, "export", "--init", "card", "--out", "card2")       # weights without a checkpoint
-    assert "The weights are those of card." in (folder / "card2/README.md").read_text()
-    (folder / "card2/README.md").write_text("# mine\n")
-    in_folder(run, monkeypatch, "export", "--init", "log", "--out", "card2")
-    assert (folder / "card2/README.md").read_text() == "# mine\n"
+    assert "2 layers and 32 channels" in body and "Exported from log." in body and str(folder) not in body
+    (folder / "card/README.md").write_text("# mine\n")
+    in_folder(run, monkeypatch, "export", "--init", "log", "--out", "card")
+    assert (folder / "card/README.md").read_text() == "# mine\n"
 
 
 def test_a_checkpoint_that_was_copied_elsewhere_samples_the_same(run, monkeypatch, tmp_path):

@@ -158,7 +158,7 @@ CASES = [
      "has 60 train tokens, less than a step of 256: use more text, or a smaller"),
     ("less val text than a row", short_val, {}, "the val split of .* is shorter than --block_size 16"),
     ("shards of another tokenizer", other_vocabulary, {},
-     r"vocabulary of 50257 ids \(gpt2\).*one of 257: leave --vocab_size out"),
+     "vocabulary of 50257 ids, .*one of 257: leave --vocab_size out"),
     ("shards of no known tokenizer", no_meta, {}, "vocabulary of 50257 ids"),
     ("damaged meta.json", damaged_meta, {}, "meta.json can't be read as JSON"),
     ("a list as meta.json", list_meta, {}, "meta.json can't be read as JSON"),
@@ -183,16 +183,16 @@ CASES = [
     # words
     ("an unknown flag", None, dict(learning_rate=1), "unrecognized arguments: --learning_rate=1"),
     ("a shortened flag", None, dict(data="x"), "unrecognized arguments: --data=x"),
-    ("a word where a number belongs", None, dict(max_steps="many"), "--max_steps: invalid int value: 'many'"),
-    ("a fraction where a count belongs", None, dict(n_layer=1.5), "--n_layer: invalid int value"),
-    ("neither yes nor no", None, dict(shuffle="maybe"), "--shuffle: invalid"),
+    ("a word where a number belongs", None, dict(max_steps="many"), "--max_steps 'many': must be int"),
+    ("a fraction where a count belongs", None, dict(n_layer=1.5), "--n_layer '1.5': must be int"),
+    ("neither yes nor no", None, dict(shuffle="maybe"), "--shuffle maybe: choose from 0, 1"),
     ("rows that are neither auto nor a number", None, dict(micro_batch_size="some"),
-     "--micro_batch_size: invalid"),
+     "--micro_batch_size 'some': must be int"),
     ("an unknown preset", None, dict(preset="gpt3"), "--preset: invalid choice: 'gpt3'"),
-    ("an unknown optimizer", None, dict(optimizer="lion"), "--optimizer: invalid choice: 'lion'"),
+    ("an unknown optimizer", None, dict(optimizer="lion"), "--optimizer lion: choose from adamw, muon"),
     ("an unknown device", None, dict(device="tpu9"), "--device tpu9 can't be used here .*try cpu"),
-    ("an unknown dtype", None, dict(dtype="int8"), "--dtype: invalid choice: 'int8'"),
-    ("an unknown way to compile", None, dict(compile="yes"), "--compile: invalid choice: 'yes'"),
+    ("an unknown dtype", None, dict(dtype="int8"), "--dtype int8: choose from auto"),
+    ("an unknown way to compile", None, dict(compile="yes"), "--compile yes: choose from auto, 0, 1"),
     ("no such config", None, dict(config="none.json"), "none.json can't be read as JSON"),
     ("a config that is none", None, dict(config="data/text_val_000000.npy"),
      "text_val_000000.npy can't be read as JSON"),
@@ -202,7 +202,7 @@ CASES = [
     ("a log folder where none can be", None, dict(log_dir="/proc/nowhere/log"),
      "/proc/nowhere"),
     ("no such model", None, dict(init="no-such-model"), "no-such-model: no such checkpoint, log folder or Hugging Face folder"),
-    ("a folder without a model", None, dict(init="data"), "data holds neither a checkpoint .*nor a GPT-2"),
+    ("a folder without a model", None, dict(init="data"), "data/config.json can't be read"),
     ("a file that is no checkpoint", None, dict(init="data/meta.json"),
      "data/meta.json is damaged, or written by another version"),
 ]
@@ -241,7 +241,7 @@ def test_wrong_input_leaves_an_earlier_run_where_it_is(tmp_path, data, log):
     (["sample", "--temperature", "hot"], "--temperature: invalid float value: 'hot'"),
     (["export"], "--out"),
     (["eval", "--init", "nowhere"], "nowhere: no such checkpoint"),
-    (["sample", "--init", "."], "holds neither a checkpoint"),
+    (["sample", "--init", "."], "config.json can't be read"),
     (["train", "--n_layer"], "--n_layer: expected one argument"),
     (["a text without an action"], "there is no action"),
 ])
@@ -303,9 +303,10 @@ def spoil(file, change):
     lambda f: f.write_bytes(f.read_bytes()[:-1000]), lambda f: f.write_bytes(f.read_bytes()[1000:]),
     lambda f: torch.save([1, 2, 3], f), lambda f: torch.save({"model": {}}, f),
     lambda f: torch.save(torch.zeros(3), f), lambda f: spoil(f, lambda c: c.pop("optimizers")),
-    lambda f: spoil(f, lambda c: c.pop("config")),
+    lambda f: spoil(f, lambda c: c.pop("config")), lambda f: spoil(f, lambda c: c["model"].popitem()),
+    lambda f: spoil(f, lambda c: c["model"].update({"transformer.wpe.weight": torch.zeros(17, 16)})),
 ], ids=["empty", "garbage", "cut", "headless", "list", "other keys", "tensor", "no optimizers",
-        "no config"])
+        "no config", "a matrix missing", "a matrix of another shape"])
 def test_garbage_for_a_checkpoint(tmp_path, data, log, damage):
     """Whoever reads it: a resumed run, one that begins with it, an action. None starts afresh over it."""
     shutil.copytree(log, tmp_path / "log")
@@ -318,25 +319,6 @@ def test_garbage_for_a_checkpoint(tmp_path, data, log, damage):
                       ["export", "--init", file, "--out", "hf"]):
         assert "ckpt_00000005.pt is damaged" in one_line(run(arguments, tmp_path, status=2))
     assert (tmp_path / "log" / "log.txt").read_bytes() == before and not (tmp_path / "new").exists()
-
-
-def drop_a_layer(checkpoint):
-    for name in [name for name in checkpoint["model"] if name.startswith("transformer.h.1.")]:
-        del checkpoint["model"][name]
-
-
-def widen(checkpoint):
-    checkpoint["model"]["transformer.wpe.weight"] = torch.zeros(17, 16)
-
-
-@pytest.mark.parametrize("change", [drop_a_layer, widen])
-def test_a_checkpoint_whose_weights_are_of_another_shape(tmp_path, data, log, change):
-    shutil.copytree(log, tmp_path / "log")
-    spoil(tmp_path / "log" / "ckpt_00000005.pt", change)
-    resumed = one_line(run(words(data_dir=data, log_dir="log") + ["--resume"], tmp_path, status=2))
-    assert "don't have the names and shapes" in resumed
-    begun = one_line(run(words(data_dir=data, init="log", log_dir="new"), tmp_path, status=2))
-    assert "don't have the names and shapes" in begun
 
 
 @pytest.mark.parametrize("changes, says", [

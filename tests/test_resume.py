@@ -3,7 +3,9 @@
 `whole` below is a run that nobody disturbed. Every other run is disturbed in one way, continued with --resume, and
 compared with it: weights, optimizer state, and each line of the log but those that tell the pace.
 """
+import contextlib
 import functools
+import io
 import math
 import os
 import random
@@ -17,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fineweb
 from helpers import FakeWorld, tiny_config
 from launch import (TINY, assert_same_run, farthest, finish, log_lines, log_values, run, run_many, saved, start,
                     start_many, steps_saved, torchrun, two_machines, words, write_data)
@@ -108,16 +111,15 @@ def kill_at(count, when):
 
         setattr(module, name, rigged)
 
-    def half_a_checkpoint(content, file):
-        save = torch.serialization.save
-        save(content, file)
-        file.flush()
-        os.truncate(file.name, os.path.getsize(file.name) // 2)
+    def half_a_file(path, write):
+        whole = io.BytesIO()
+        write(whole)
+        Path(f"{path}.tmp").write_bytes(whole.getvalue()[:len(whole.getvalue()) // 2])
 
     rig(os, "fsync")
     rig(os, "replace")
     rig(os, "unlink")
-    rig(torch, "save", half_a_checkpoint)
+    rig(fineweb, "write_file", half_a_file)
 
 
 def killed_and_continued(base, folder, count, when, **changes):
@@ -130,7 +132,7 @@ def killed_and_continued(base, folder, count, when, **changes):
     return status == -9
 
 
-@pytest.mark.parametrize("operation, count", [("save", 1), ("save", 3), ("fsync", 6), ("replace", 5), ("unlink", 2)])
+@pytest.mark.parametrize("operation, count", [("write_file", 3), ("write_file", 5), ("fsync", 6), ("replace", 5), ("unlink", 2)])
 def test_killed_while_a_checkpoint_is_written(base, whole, tmp_path, operation, count):
     """Half of it in the temporary file; all of it, perhaps only in memory; on disk, but without its name; named, but
     the older one not yet deleted. Only one is kept."""
@@ -144,7 +146,7 @@ def test_killed_before_each_operation_on_a_file(base, whole, tmp_path):
     for count in range(1, 100):
         folder = tmp_path / str(count)
         folder.mkdir()
-        killed = killed_and_continued(base, folder, count, ("fsync", "replace", "unlink", "save"))
+        killed = killed_and_continued(base, folder, count, ("fsync", "replace", "unlink", "write_file"))
         assert_same_run(folder / "log", whole)
         assert steps_saved(folder / "log")[-2:] == [20, 24]  # 15 stays if the last unlink was not to be
         if not killed:
@@ -442,16 +444,16 @@ def test_a_checkpoint_that_was_copied_elsewhere_has_its_tokenizer(base, whole, t
 
 def small_files(saves, size=60_000):
     """Rig this process: while it writes these checkpoints (the first is 1) no file may pass `size` bytes."""
-    original, calls = torch.save, []
+    original, calls = fineweb.write_file, []
 
-    def rigged(*arguments, **options):
-        calls.append(1)
+    def rigged(path, write):
+        calls.append(1) if path.suffix == ".pt" else None
         limit = size if len(calls) in saves else resource.RLIM_INFINITY
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-        original(*arguments, **options)
+        original(path, write)
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write fails with OSError, as on a full disk
-    torch.save = rigged
+    fineweb.write_file = rigged
 
 
 def test_a_checkpoint_that_cannot_be_written_costs_a_warning(base, whole, tmp_path):
@@ -459,7 +461,7 @@ def test_a_checkpoint_that_cannot_be_written_costs_a_warning(base, whole, tmp_pa
     out = run(command(base, "log"), tmp_path, functools.partial(small_files, (3, 4))).out
     warnings = [line for line in out.splitlines() if "WARNING" in line]
     assert len(warnings) == 2
-    assert warnings[0].startswith("WARNING: the checkpoint of step 15 can't be written, older ones stay")
+    assert warnings[0].startswith("WARNING: log/ckpt_00000015.pt can't be written, older checkpoints stay")
     assert steps_saved(tmp_path / "log") == [10, 24]
     assert_same_run(tmp_path / "log", whole)
 
@@ -468,7 +470,7 @@ def test_a_checkpoint_that_cannot_be_written_costs_a_warning(base, whole, tmp_pa
 def test_a_log_that_cannot_be_written_waits(tmp_path, capsys):
     """Its lines are kept in memory, and go out with the next that finds room."""
     from train_gpt2 import Log
-    with Log(tiny_config(log_dir=str(tmp_path)), FakeWorld(), 0) as log:
+    with contextlib.closing(Log(tiny_config(log_dir=str(tmp_path)), FakeWorld(), 0)) as log:
         (tmp_path / "log.txt").unlink()
         (tmp_path / "log.txt").symlink_to("/dev/full")
         log.write(3, {"train": 4.5, "norm": 1.0})

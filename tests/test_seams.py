@@ -158,11 +158,6 @@ def test_the_mark_is_the_end_of_a_text_not_its_beginning(tmp_path):
     assert GPT.from_pretrained(tmp_path).eot == 2
 
 
-def test_tokenizers_with_different_marks_are_not_the_same():
-    one, other = (SimpleNamespace(encode_ordinary=lambda text: [1, 2], eot_token=eot) for eot in (3, 4))
-    assert train_gpt2.same_ids(one, one) and not train_gpt2.same_ids(one, other)
-
-
 def test_a_log_with_damaged_checkpoints_only_is_not_begun_anew(tmp_path):
     for step in (1, 2):
         (tmp_path / f"ckpt_{step:08d}.pt").write_bytes(b"damaged")
