@@ -291,7 +291,7 @@ def byte_roads(rungs, title):
 # ---- lesson 01
 
 def backward_graph(result, rows, title="How does the slope find its way back?"):
-    """The graph of an expression after backward(): what was computed, gray, left to right, and what came back, orange.
+    """The graph of an expression after backward(): what was computed, gray, left to right, and what came back, red.
 
     result: its last Value (it needs data, grad, name, parents, slopes). rows: {name: height}, 0 at the bottom.
     """
@@ -385,7 +385,6 @@ def residual_stream(tokens=("the", "cat", "sat"), title="What happens to three t
     ax.text(31, 2.2, "attn: keys and values of earlier tokens come in", ha="center", size=10.5, color=RED)
     ax.text(85, 2.2, "mlp: each token alone", ha="center", size=10.5, color=QUIET)
     show(fig, alt="Three lanes, one for each token. Attention reads from earlier lanes; the MLP does not")
-
 
 
 # ---- lesson 09
