@@ -22,9 +22,7 @@ on real machines; skip that on a first reading.
     8  the run         build everything, then one loop
     9  processes       one GPU or many, which number format, how many rows fit
     10 log, checkpoints    what is written, and how a killed run continues
-    11 sources         where models, tokenizers, text and questions come from
-    12 words           what a run says of itself
-    13 command line    flags, presets, and the actions eval, sample, export
+    11 command line    flags, presets, and the actions eval, sample, export
 
 Letters for the sizes of tensors, used everywhere below, with their values in GPT-2 (124M):
 
@@ -1046,7 +1044,8 @@ def restore(checkpoint, model, optimizers, data, cfg, world):
     return start
 
 
-# ----------------------------------------------------------------------- 11. where models, text and questions are
+# ------------------------------------------------------------------- 11. the command line and the other actions
+# ---- where models, text and questions come from
 
 def model_config(values):
     """The GPTConfig in a dict that has its fields, and perhaps others; Hugging Face says n_positions for block_size."""
@@ -1189,7 +1188,7 @@ def score_hellaswag(model, questions, tokenizer, world):
     return score
 
 
-# ------------------------------------------------------------------------------- 12. what a run says of itself
+# ---- what a run says of itself
 
 def describe_loss(loss, tokens, cfg, meta):
     """A val loss with the name of its text, without which it says nothing; and in bits per byte, where the bytes are
@@ -1248,7 +1247,7 @@ def describe_end(cfg, world):
                 f"  python train_gpt2.py export --init {cfg.log_dir} --out my-gpt2")
 
 
-# ------------------------------------------------------------------------------------------ 13. the command line
+# ---- the actions: the first word of the command line
 
 def evaluate(cfg):
     """eval: the val loss on data_dir, and HellaSwag, of what --init names -> {"val": loss, ...}."""
@@ -1293,7 +1292,7 @@ def export(cfg, out):
           f"print(pipeline('text-generation', model='{out}')('Hello'))\"")
 
 
-# The first word of a command line -> the function that does it, and the arguments that it takes besides the flags.
+# For each, the function that does it, and the arguments that it takes besides the flags.
 ACTIONS = {
     "train": (train, {}),
     "eval": (evaluate, {}),
