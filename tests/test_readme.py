@@ -183,7 +183,7 @@ def test_memory_and_measurements_are_those_that_are_kept():
         assert recipes.pop(name) == builtin
     assert not recipes and "1.965 against 2.674 bits per byte" in README
     rates = [{row["rung"]: f"{row.get('tok_s', 0):,.0f}" for row in ladder["rows"]} for ladder in kept["ladders"]]
-    large, small = [(rung["fused AdamW"], rung["transformers"]) for rung in rates]
+    large, small = [(rung["ours, by default"], rung["build-nanogpt, float32"]) for rung in rates]
     assert f"{small[0]} against {small[1]} tokens/s (6 layers of 192), {large[0]} against {large[1]} (124M)" in README
     muon = json.loads((ROOT / "lessons/measured/muon.json").read_text())["sizes"]
     assert "78 % fewer tokens at 2 layers of 64, 70 % fewer at 4 layers of 128" in README
