@@ -1,28 +1,28 @@
 """
-GPT-2 (124M), reproduced: the model, the data and the training run in one file that is meant to be read.
+GPT-2 (124M), reproduced: the model and its training in one file that is meant to be read.
 
     python train_gpt2.py --preset laptop     no GPU, no data, no network: trains in two minutes on two CPU cores
-    python train_gpt2.py                     the paper run: 124M on FineWeb-Edu, from shards made by fineweb.py
+    python train_gpt2.py                     the full run: 124M on FineWeb-Edu, from shards made by fineweb.py
     torchrun --standalone --nproc_per_node=8 train_gpt2.py       the same text in the same order, on 8 GPUs
     python train_gpt2.py --resume            continue the run in --log_dir
     python train_gpt2.py eval   --init gpt2  val loss and HellaSwag of OpenAI's weights, or of a checkpoint
     python train_gpt2.py sample --init log "Hello, I'm a language model,"
     python train_gpt2.py export --init log --out my-gpt2         a folder that Hugging Face's transformers reads
 
-A map. Sections 1 to 8 are GPT-2 and how it is trained. They end at a line. Below it stands what makes a run survive
-on real machines; skip that on a first reading.
+A map. Sections 1 to 8 are GPT-2 and how it is trained. They end at a line. Below it stands what a run needs on real
+machines: several GPUs, interruptions, the command line. Skip that on a first reading.
 
     1  the model       attention, MLP, block, GPT: a hundred lines of code are the whole network
     2  weights         OpenAI's parameters in, ours out in Hugging Face's layout
     3  data            shards -> windows -> one order, the same for any number of GPUs
-    4  optimizer       which parameters decay, AdamW, Muon, and the learning rate over time
-    5  settings        everything a run can be told, in which unit, and why it is what it is
+    4  optimizer       which parameters get weight decay, AdamW, Muon, and the learning rate over time
+    5  settings        every setting of a run, in which unit and why, and the presets
     6  one step        accumulate, average over processes, clip, update
     7  evaluation      a val loss that counts tokens, and samples
     8  the run         build everything, then one loop
-    9  processes       one GPU or many, which number format, how many rows fit
+    9  processes       one GPU or many, which number format, how many rows fit into memory
     10 log, checkpoints    what is written, and how a killed run continues
-    11 command line    flags, presets, and the actions eval, sample, export
+    11 command line    how flags are read, where models come from, and the actions eval, sample, export
 
 Letters for the sizes of tensors, used everywhere below, with their values in GPT-2 (124M):
 
@@ -33,7 +33,7 @@ Letters for the sizes of tensors, used everywhere below, with their values in GP
 
 The model is that of Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), section 2.3.
 Where that paper is silent about training, we follow Brown et al., "Language Models are Few-Shot Learners" (2020),
-appendix B, called "GPT-3" below.
+appendix B, called "GPT-3" below. build-nanogpt is Karpathy's reproduction (2024), with whose curves ours compare.
 """
 import argparse
 import contextlib
@@ -110,9 +110,9 @@ class CausalSelfAttention(nn.Module):
         #     att = att.masked_fill(torch.ones(T, T).tril() == 0, -math.inf)   # no token sees a later one
         #     att = F.softmax(att, dim=-1)                                     # each row sums to 1
         #     y = att @ v                                                      # (B, nh, T, hs)
-        # A sum of hs products has variance hs: without the square root, softmax would start out saturated. The four
-        # lines store T x T weights per head, 50 MB a row and layer in float32 at T = 1024. The fused kernel ("flash
-        # attention", Dao et al. 2022) computes the same piece by piece and never stores them.
+        # With entries of variance 1, a sum of hs products has variance hs and would saturate softmax: hence the square
+        # root. The four lines store T x T weights per head, 50 MB a row and layer in float32 at T = 1024. The fused
+        # kernel ("flash attention", Dao et al. 2022) computes the same piece by piece and never stores them.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)      # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)                           # (B, T, C)
         return self.c_proj(y)
@@ -124,7 +124,7 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        # The tanh form of GELU was a shortcut of its time, but OpenAI's weights were trained with it. The exact form
+        # The tanh form of GELU was chosen for speed, and OpenAI's weights were trained with it. The exact form
         # changes the logits too little to notice, and enough to fail a comparison.
         self.gelu = nn.GELU(approximate="tanh")
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
@@ -153,7 +153,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2, with its parameters under the names of OpenAI's checkpoint: wte, wpe, h.0.attn.c_attn ..."""
+    """GPT-2, with its parameters under Hugging Face's names: transformer.wte, transformer.h.0.attn.c_attn ..."""
 
     def __init__(self, config):
         super().__init__()
@@ -168,15 +168,15 @@ class GPT(nn.Module):
         # One matrix for reading and for writing: tokens with similar meanings are similar as input and as output. It
         # saves 38.6M of what would be 163M parameters.
         self.lm_head.weight = self.transformer.wte.weight
-        # A run pads the vocabulary to a multiple of 128, a size that GPUs are fast with, and then lowers n_vocab to
-        # the number of ids its tokenizer can decode: generate must never draw one of the rest.
+        # A run pads the vocabulary to a multiple of 128, a size that GPUs are fast with. n_vocab then becomes the
+        # number of ids that its tokenizer can decode: generate must never draw one of the rest.
         self.n_vocab = config.vocab_size
         self.eot = self.n_vocab - 1  # the id of <|endoftext|>, which stands in front of every document
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """Draw every parameter once: N(0, 0.02), less for what adds to the residual stream; biases 0, gains 1.
+        """Draw every parameter once: N(0, 0.02), less for what adds to the residual stream; biases 0, LayerNorms' 1.
 
         OpenAI's code draws wpe from N(0, 0.01). We keep to 0.02, as Hugging Face and most reproductions do.
         """
@@ -206,7 +206,7 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None):
         """Ids (B, T), and the ids that really followed, (B, T) -> logits (B, T, V), and the mean loss in nats or None.
 
-        A target of -100 is left out of the mean. With targets the logits carry no gradient: the loss has it.
+        A target of -100 is left out of the mean. With targets the logits are detached: a further loss belongs here.
         """
         logits = self.lm_head(self.hidden(idx))                          # (B, T, V)
         if targets is None:
@@ -219,7 +219,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, stop=None):
-        """Continue each row of idx (B, T) by up to max_new_tokens ids, one at a time -> (B, T + new).
+        """Continue each row of idx (B, T) by up to max_new_tokens ids -> (B, T + new). For each, the whole row is read.
 
         temperature  1 draws as the model says, less is tamer, 0 always takes the most probable id
         top_k        draw among the k most probable ids only
@@ -282,6 +282,7 @@ class GPT(nn.Module):
         model = cls(GPTConfig(block_size=c.n_positions, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head,
                               n_embd=c.n_embd))
         stored = dict(hf.named_parameters())
+        assert stored.keys() == dict(model.named_parameters()).keys(), "a changed network is not OpenAI's any more"
         with torch.no_grad():
             for name, p in model.named_parameters():
                 # OpenAI computed x @ W, inputs first; nn.Linear computes x @ W.T. So these four kinds of matrices
@@ -313,7 +314,7 @@ class GPT(nn.Module):
         hf.save_pretrained(folder)
 
 
-# What config.json must say for a model that computes what the classes above compute.
+# The config.json of exactly the network above.
 HF_CONFIG = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5, n_inner=None,
                  scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False,
                  tie_word_embeddings=True)
@@ -326,8 +327,8 @@ def is_conv1d(name):
 
 # ---------------------------------------------------------------------------------------------------- 3. data
 # fineweb.py leaves one long row of ids, cut into files ("shards"). We cut it further, into windows of block_size
-# inputs, and number them. What a step reads is then a list of numbers, and that list depends on the seed and the
-# step alone: not on the number of GPUs, nor the micro-batch size, nor how often the run was interrupted.
+# inputs, and number them. What a step reads is then a list of numbers. For one text and one batch size, that list
+# depends on the seed and the step alone: not on the number of GPUs, the micro-batch size, or interruptions.
 
 class Corpus:
     """One split, "train" or "val", of a folder of shards. A window is block_size inputs plus one id, the last target.
@@ -345,7 +346,7 @@ class Corpus:
         self.n_windows = int(self.first[-1])
         if self.n_windows == 0:
             raise UserError(f"the {split} split of {data_dir} is shorter than --block_size {block_size}: use more text")
-        for number, count in zip(self.first, counts):  # a wrong vocabulary shows here, not after an hour
+        for number, count in zip(self.first, counts):  # a wrong vocabulary mostly shows here, not after an hour
             self.windows(range(number, number + min(count, 16)))
 
     def windows(self, numbers):
@@ -376,8 +377,9 @@ def rows_of_step(step, n_windows, rows, cfg):
     (array([4, 5, 6, 7]), array([0, 1, 2, 3]))
     """
     epoch, at = divmod(step, n_windows // rows)
-    order = permutation(n_windows, cfg.seed, epoch) if cfg.shuffle else np.arange(n_windows)
-    return order[at * rows:(at + 1) * rows]                              # (rows,)
+    if not cfg.shuffle:
+        return np.arange(at * rows, (at + 1) * rows)
+    return permutation(n_windows, cfg.seed, epoch)[at * rows:(at + 1) * rows]  # (rows,)
 
 
 class DataLoaderLite:
@@ -392,7 +394,7 @@ class DataLoaderLite:
         B, T, W = self.B, self.cfg.block_size, self.world.size
         rows = self.cfg.total_batch_size // T
         numbers = rows_of_step(step, self.corpus.n_windows, rows, self.cfg)  # (A*W*B,)
-        # Micro-step i of process r takes rows (i*W + r)*B and on: whatever W and B are, the step is one set of rows.
+        # Micro-batch i of process r takes rows (i*W + r)*B and on: whatever W and B are, the step is one set of rows.
         # If each process had its own reading position, they would soon be in different shards.
         mine = numbers.reshape(-1, W, B)[:, self.world.rank]             # (A, B)
         tokens = self.corpus.windows(mine.flatten()).view(-1, B, T + 1)  # (A, B, T+1)
@@ -412,7 +414,7 @@ class DataLoaderLite:
 
 # ---------------------------------------------------------------------------------- 4. optimizer and schedule
 # The recipe that GPT-3's paper gave and GPT-2's left out. AdamW divides each parameter's averaged gradient by the
-# root of its averaged square, so that every parameter moves by about the learning rate per step, whatever the size
+# root of its averaged square, so that a parameter moves by at most about the learning rate per step, whatever the size
 # of its gradient. At first these averages are noisy, hence the warm-up; and the last steps should settle rather than
 # wander, hence the decay to a tenth.
 
@@ -420,11 +422,11 @@ def configure_optimizers(model, cfg, device, dtype=torch.float32):
     """The optimizers of a model, as a list: [AdamW] or [Muon, AdamW]. train_step sets their learning rate."""
     params = [p for p in model.parameters() if p.requires_grad]
     # Muon is for matrices that lead from channels to channels. Everything else stays with AdamW.
-    hidden = [p for p in model.transformer.h.parameters() if p.dim() == 2 and p.requires_grad]
-    hidden = hidden if cfg.optimizer == "muon" else []
-    rest = [p for p in params if not any(p is h for h in hidden)]
-    # Weight decay pulls toward zero what no gradient holds in place, so no weight grows without a reason. Matrices
-    # have such freedom. Biases and gains only shift and scale, and pulling at them gains nothing.
+    blocks = set(model.transformer.h.parameters())
+    hidden = [p for p in params if p in blocks and p.dim() == 2 and cfg.optimizer == "muon"]
+    rest = [p for p in params if p not in set(hidden)]
+    # Weight decay shrinks matrices a little each step, so that a weight stays large only where gradients keep it so.
+    # Biases and LayerNorms' weights only shift and scale, and shrinking them gains nothing.
     groups = [dict(params=[p for p in rest if p.dim() >= 2], weight_decay=cfg.weight_decay),
               dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0)]
     # beta2 = 0.95 averages squared gradients over about 20 steps. Adam's default, 0.999, averages over 1,000: too
@@ -433,7 +435,7 @@ def configure_optimizers(model, cfg, device, dtype=torch.float32):
                                     fused=device.type in ("cuda", "cpu"))]  # one kernel for all parameters
     if hidden:
         # match_rms_adamw scales Muon's updates to the size of AdamW's, so one learning rate serves both. PyTorch's
-        # Muon always multiplies in bfloat16; ours, in float32, is for runs and machines that don't.
+        # Muon always multiplies in bfloat16; ours, in float32, is for runs in float32 and float16.
         muon = torch.optim.Muon if dtype == torch.bfloat16 else Muon
         optimizers.insert(0, muon(hidden, lr=cfg.max_lr, weight_decay=cfg.weight_decay,
                                   adjust_lr_fn="match_rms_adamw"))
@@ -445,7 +447,7 @@ def configure_optimizers(model, cfg, device, dtype=torch.float32):
 class Muon(torch.optim.Muon):
     """Jordan et al. (2024): momentum whose directions are made equally strong, so that all are learned equally fast.
 
-    The same as PyTorch's, with the same state and settings, but computed in float32.
+    The same as PyTorch's with the settings above, and with the same state, but computed in float32.
     """
 
     @torch.no_grad()
@@ -464,7 +466,7 @@ class Muon(torch.optim.Muon):
 def orthogonal(x):
     """A matrix (R, K) -> nearly the orthogonal matrix with the same directions.
 
-    The singular values that come out lie between 0.68 and 1.13, if those that go in, divided by the norm of x, are
+    The singular values that come out lie between 0.68 and 1.14, if those that go in, divided by the norm of x, are
     at least 0.01.
     """
     if x.size(0) > x.size(1):  # the result is the same, but x x^T is smaller with the shorter side first
@@ -493,7 +495,7 @@ def get_lr(step, cfg):
 
 
 # ------------------------------------------------------------------------------------------------ 5. settings
-# Every field is also a flag of the same name, and the comment after it is the flag's help.
+# Every field is also a flag of the same name. The comment on its line, after two spaces, is the flag's help.
 
 @dataclass
 class TrainConfig(GPTConfig):
@@ -516,7 +518,7 @@ class TrainConfig(GPTConfig):
     # optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: orthogonal updates for the matrices inside blocks
     weight_decay: float = 0.1  # on matrices only, never on biases and gains
-    grad_clip: float = 1.0     # longest gradient, as one vector of all parameters; 0: no limit
+    grad_clip: float = 1.0     # largest norm of the gradient of all parameters; 0: no limit
     # evaluation; "every" is in steps, 0 means never, and what is on is also done after the last step
     val_every: int = 250       # steps between measurements of the val loss
     val_tokens: int = 10485760   # tokens of the val split to score: 20 x 64 x 1024 x 8, on any hardware
@@ -552,26 +554,27 @@ PRESETS = {
 
 
 # ------------------------------------------------------------------------------------------------ 6. one step
-# Half a million ids don't fit into a GPU at once. So a step is cut twice: over the W processes, and over time, into A
-# micro-batches whose gradients add up. Neither cut may change the result: one process with A = 32, or eight with
-# A = 4, make the same update from the same text. The tests hold them to that.
+# What half a million tokens leave behind for the backward pass doesn't fit into a GPU. So a step is cut twice: over the
+# W processes, and over time, into A micro-batches whose gradients add up. Neither cut may change the result: one
+# process with A = 32, or eight with A = 4, make the same update from the same text, up to rounding. `world` is this
+# process among all of them (section 9).
 
 def train_step(model, optimizers, x, y, lr, cfg, world):
     """One update from inputs and targets (A, B, T) -> (mean loss over all processes, norm of the gradient before
     clipping), two tensors on the device."""
-    steps = len(x)
+    A = len(x)
     loss_sum = torch.zeros((), device=world.device)                      # ()
-    for i in range(steps):
-        # DDP averages the gradients over all processes, bucket by bucket, during backward(). Once, in the last
-        # micro-step, is enough. It decides in forward() whether the coming backward() averages, so forward() must be
-        # inside no_sync too; with backward() alone inside, nothing would change.
-        with world.no_sync(model) if i < steps - 1 else contextlib.nullcontext():
+    for i in range(A):
+        # DDP averages the gradients over all processes, bucket by bucket, during backward(). Once, for the last
+        # micro-batch, is enough. DDP decides in forward() whether the coming backward() averages, so forward() must
+        # be inside no_sync too; with backward() alone inside, it would average every time.
+        with world.no_sync(model) if i < A - 1 else contextlib.nullcontext():
             with world.autocast():
                 loss = model(x[i], y[i])[1]                              # ()
             # backward() ADDS to .grad. After all micro-batches that would be the SUM of their gradients, but one
             # large batch has the MEAN: dividing makes the two equal. Clipping and AdamW both hide it if this is
             # missing, since they look at the gradient's direction more than at its length.
-            loss = loss / steps                                          # ()
+            loss = loss / A                                              # ()
             world.scaler.scale(loss).backward()
         loss_sum += loss.detach()
     for optimizer in optimizers:
@@ -581,10 +584,8 @@ def train_step(model, optimizers, x, y, lr, cfg, world):
     # One unusual batch must not throw the model off. If the gradient, taken as one long vector, is longer than
     # grad_clip, it is shortened to that. It keeps its direction, which clipping each entry would change.
     norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)  # ()
-    # inf or nan: all optimizers skip the step, or none. In float16 that is normal, and the scaler then scales by less.
-    finite = norm.isfinite()
     for optimizer in optimizers:
-        if finite:
+        if norm.isfinite():  # else none of them steps: in float16 that is normal, and the scaler then scales by less
             optimizer.step()
         # Zeros rather than None: the gradients stay where DDP keeps its buckets, and are not stored twice.
         optimizer.zero_grad(set_to_none=False)
@@ -593,8 +594,8 @@ def train_step(model, optimizers, x, y, lr, cfg, world):
 
 
 # ---------------------------------------------------------------------------------------------- 7. evaluation
-# Three ways to look at a model: the loss on text that it never trains on, a multiple-choice test that other models
-# have taken too (hellaswag.py), and what it writes.
+# Two ways to look at a model: the loss on text that it never trains on, and what it writes. A third is a test with
+# multiple choice that other models have taken too, in hellaswag.py.
 
 def evaluate_loss(model, corpus, B, cfg, world):
     """Mean loss in nats over the first val_tokens of a corpus -> (loss, tokens scored), the same on every process.
@@ -615,29 +616,30 @@ def evaluate_loss(model, corpus, B, cfg, world):
             y = tokens[:, 1:].to(world.device)                           # (B, T)
             with world.autocast():
                 loss = model(x, y)[1]                                    # ()
-            count += min(B, n - start) * T
-            losses.append(loss * (min(B, n - start) * T))  # stays on the device: reading it would wait for it
+            scored = min(B, n - start) * T
+            count += scored
+            losses.append(loss * scored)  # stays on the device: reading it would wait for it
     total = torch.stack(losses).cpu().double().sum()  # .cpu() first: Macs have no float64 on the GPU
     loss, count = world.sum(torch.stack([total, torch.tensor(count).double()])).tolist()
     return loss / count, int(count)
 
 
-def continue_text(model, tokenizer, text, rows, new_tokens, seed, temperature=1.0, top_k=50):
-    """`rows` continuations of a text, as texts; an empty text starts a new document."""
+def continue_text(model, tokenizer, text, rows, new_tokens, seed, temperature=1.0, top_k=50, **how):
+    """`rows` continuations of a text, as texts; an empty text starts a new document. how: what else generate takes."""
     prompt = tokenizer.encode_ordinary(text) or [tokenizer.eot_token]
     device = model.transformer.wte.weight.device
     idx = torch.tensor([prompt] * rows, device=device)                   # (rows, T)
     generator = torch.Generator(device).manual_seed(seed)
     with evaluating(model):
-        idx = model.generate(idx, new_tokens, temperature, top_k, generator, stop=tokenizer.eot_token)
+        idx = model.generate(idx, new_tokens, temperature, top_k, generator, stop=tokenizer.eot_token, **how)
     return [decode(tokenizer, row) for row in idx.tolist()]
 
 
 def decode(tokenizer, row):
     """Ids -> the text of the first document in them: <|endoftext|> is dropped in front, and ends it after that."""
-    row = row[1:] if row[0] == tokenizer.eot_token else row
-    end = row.index(tokenizer.eot_token) if tokenizer.eot_token in row else len(row)
-    return tokenizer.decode(row[:end])
+    eot = tokenizer.eot_token
+    end = [*row, eot].index(eot, 1)
+    return tokenizer.decode(row[row[0] == eot:end])
 
 
 # ------------------------------------------------------------------------------------------------- 8. the run
@@ -652,15 +654,15 @@ def train(cfg):
     val_data = Corpus(cfg.data_dir, "val", cfg.block_size, cfg.vocab_size)
     check_sizes(cfg, meta, train_data, world)
     questions = find_hellaswag(world) if tokenizer and 0 < cfg.hellaswag_every <= cfg.max_steps else None
-    # what the weights are good for: it goes into every checkpoint
+    # The text and the ids that the weights belong to, and a tokenizer of its own as text: both go into checkpoints.
     data = dict(tokenizer=meta["tokenizer"], n_vocab=meta["vocab_size"], eot=meta["eot"],
                 train_tokens=train_data.n_tokens)
     carried = fineweb.tokenizer_to_json(tokenizer) if tokenizer and meta["tokenizer"] != "gpt2" else None
 
     optimizers = configure_optimizers(raw_model.to(world.device), cfg, world.device, world.dtype)
     start = restore(checkpoint, raw_model, optimizers, data, cfg, world)
-    # Two names for one set of parameters. `model` is compiled and averages gradients over processes; it wants fixed
-    # shapes and all processes, so training and val loss go through it. HellaSwag, samples and checkpoints use
+    # Two names for one set of parameters. `model` is compiled and averages gradients over processes; it needs fixed
+    # shapes and all processes at once, so training and val loss go through it. HellaSwag, samples and checkpoints use
     # `raw_model`, which takes any shape and can be used by one process alone.
     model = world.wrap(world.compile(raw_model))
     B = fit_micro_batch(model, cfg, world)
@@ -686,8 +688,7 @@ def train(cfg):
                     optimizers=[optimizer.state_dict() for optimizer in optimizers],
                     scaler=world.scaler.state_dict()), cfg)
             if stopping:
-                world.print(f"stopped after {step} steps, as asked; to continue: python train_gpt2.py --resume "
-                            f"--log_dir {cfg.log_dir}")
+                world.print(f"stopped after {step} steps, as asked; the same command with --resume continues")
                 break
 
             # Val loss: when due; every process scores a share, through `model`, since all batches have one shape.
@@ -707,12 +708,13 @@ def train(cfg):
                     world.print("sample | " + text.replace("\n", "\n       | "))
 
             if step == cfg.max_steps:
+                log.wait()  # for the last checkpoint
                 describe_end(cfg, world)
                 break
 
             # One step: always; every process trains on its share, through `model`. The clock runs only here.
             started = time.perf_counter()
-            torch.manual_seed(cfg.seed + step * world.size + world.rank)  # for forks that draw, such as dropout
+            torch.manual_seed(cfg.seed + step * world.size + world.rank)  # for what you add and draws, such as dropout
             lr = get_lr(step, cfg)
             x, y = loader.batch(step)                                    # (A, B, T)
             loss, norm = train_step(model, optimizers, x, y, lr, cfg, world)
@@ -730,7 +732,7 @@ def train(cfg):
 
 
 # =====================================================================================================================
-# The line. You have read how GPT-2 is trained. What follows makes a run survive on real machines.
+# The line. You have read how GPT-2 is trained. What follows is what a run needs on real machines.
 # =====================================================================================================================
 
 # ----------------------------------------------------------------------------------- 9. processes and devices
@@ -741,7 +743,7 @@ class World:
 
     def __init__(self, cfg):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.distributed = "RANK" in os.environ  # one process under torchrun takes the way of many
+        self.distributed = "RANK" in os.environ  # one process under torchrun is treated as many
         self.device = pick_device(cfg.device)
         self.dtype = pick_dtype(cfg.dtype, self.device)
         # float16 loses what is smaller than 6e-8, as many gradients are. The scaler multiplies the loss, and with it
@@ -750,7 +752,7 @@ class World:
         self.gpu, self.compiles, cuda = "", cfg.compile == "1", self.device.type == "cuda"
         if cuda:
             torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")  # TF32: what stays float32 is multiplied with 10 bits
+            torch.set_float32_matmul_precision("high")  # TF32: float32 products keep 10 bits of the mantissa
             self.gpu = torch.cuda.get_device_name(self.device)
             if cfg.compile == "auto":  # Triton, which compiles, may be missing, and refuses GPUs before Volta
                 self.compiles = bool(find_spec("triton")) and torch.cuda.get_device_capability(self.device) >= (7, 0)
@@ -763,7 +765,7 @@ class World:
                 store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
             dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size,
                                     timeout=timedelta(minutes=30))  # process 0 may be busy alone for a while
-            self.group = dist.group.WORLD  # if DDP let go of it last, it would wait for threads that wait for Python
+            self.group = dist.group.WORLD  # kept, since DDP would free it last, and hang
         self.print(f"device {f'{self.device} {self.gpu}'.strip()}, processes {self.size}, compile "
                    f"{int(self.compiles)}, {str(self.dtype).removeprefix('torch.')}")
 
@@ -778,7 +780,7 @@ class World:
 
     def compile(self, model):
         """The model as few fused kernels, on devices where that works."""
-        # Every shape makes a graph, and after 8 of them, over all models of a process, PyTorch would silently stop.
+        # Every shape makes a graph. After 8 of them, over all models of a process, PyTorch would stop compiling.
         torch._dynamo.config.recompile_limit = 64
         return torch.compile(model, dynamic=False) if self.compiles else model
 
@@ -799,10 +801,10 @@ class World:
 
     def any(self, flag):
         """Is it true on any process? All get the same answer, so all do the same next."""
-        return self.sum(torch.tensor(float(flag))).item() > 0
+        return self.sum(torch.tensor(float(bool(flag)))).item() > 0
 
     def first(self, do):
-        """Process 0 does something while the others wait. If it meets wrong input, all of them stop."""
+        """Process 0 runs do() while the others wait. If it meets wrong input, all of them stop."""
         error = None
         try:
             if self.rank == 0:
@@ -838,9 +840,9 @@ def pick_dtype(name, device):
 
 
 def fit_micro_batch(model, cfg, world):
-    """Rows per forward: as asked, or with "auto" the most that fit, among the divisors of a process's rows.
+    """Rows per forward: as asked, or with "auto" the first that fit, among the divisors of a process's rows.
 
-    A CPU is busy with 4,096 tokens. On a GPU we try forward and backward, and half as many rows as long as memory
+    4,096 tokens keep a CPU busy. On a GPU we try forward and backward, and at most half as many rows as long as memory
     runs out. The model is tried as it will be trained: DDP splits the graph it compiles, and a graph made without it
     would be used again and never send gradients while the backward pass still runs.
     """
@@ -849,7 +851,7 @@ def fit_micro_batch(model, cfg, world):
 
     def fits(B):
         try:
-            # Adam's two moments, which don't exist yet, and a gigabyte for what else comes and goes.
+            # Adam's two moments, which don't exist yet, and a gigabyte (of 4 bytes each) for what else comes and goes.
             spare = torch.empty(2 * sum(p.numel() for p in model.parameters()) + 2**28, device=world.device)
             x = torch.zeros(B, cfg.block_size, dtype=torch.long, device=world.device)  # (B, T)
             with world.no_sync(model):  # no process may wait for one that has failed
@@ -881,8 +883,8 @@ def fit_micro_batch(model, cfg, world):
 
 @contextlib.contextmanager
 def catch_signals():
-    """Turn SIGTERM, which schedulers send, and Ctrl-C into a request that the loop looks for between two steps: a
-    handler that saved could meet a model that is half old and half new."""
+    """Turn SIGTERM, which schedulers send, and Ctrl-C into a request that the loop looks for between two steps. Saving
+    in the handler could catch the model half updated."""
     stop = SimpleNamespace(asked=False)
 
     def handler(signum, frame):
@@ -900,8 +902,8 @@ def catch_signals():
 
 # -------------------------------------------------------------------------------------- 10. log and checkpoints
 # The promise: killed at any moment and resumed, a run ends with the same weights and the same log but for tok/s, to
-# the last bit on a CPU. All that a step needs is the state before it and its number. So it takes files that are never
-# half written, and a log that drops what came after the checkpoint.
+# the last bit on a CPU. All that a step needs is the state before it and its number. So that needs files that are
+# never half written, and a log that drops what came after the checkpoint.
 
 class Log:
     """What a run writes into log_dir: log.txt, a line `step stream value` per number; config.json; checkpoints.
@@ -911,8 +913,9 @@ class Log:
     """
 
     def __init__(self, cfg, world, start):
-        self.folder, self.values, self.writes, self.pending = Path(cfg.log_dir), {}, world.rank == 0, ""
-        self.thread, self.saving, self.tracker = ThreadPoolExecutor(1), None, None
+        self.folder, self.values, self.tracker = Path(cfg.log_dir), {}, None
+        self.writes, self.pending = world.rank == 0, ""  # who writes, and lines that a full disk has refused
+        self.thread, self.saving = ThreadPoolExecutor(1), None  # the checkpoint that is being written
         world.first(lambda: self.open(cfg, start))
 
     def open(self, cfg, start):
@@ -1001,7 +1004,8 @@ def checkpoint_files(folder):
 
 
 def find_checkpoint(source):
-    """The checkpoint in a file, or the newest good one in a log folder; None where there is none at all."""
+    """The checkpoint in a file, or the newest good one in a log folder; None where there is none, UserError where all
+    are damaged."""
     files = [Path(source)] if os.path.isfile(source) else checkpoint_files(source)
     for file in files:
         try:
@@ -1010,7 +1014,8 @@ def find_checkpoint(source):
             found = dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
             with torch.device("meta"):  # do the weights have the names and shapes of the model? It takes no memory
                 GPT(model_config(found["config"])).load_state_dict({**found["model"]}, assign=True)
-            return {key: found[key] for key in ("step", "config", "data", "tokenizer", "model", "optimizers", "scaler")}
+            [found[key] for key in ("step", "data", "tokenizer", "optimizers", "scaler")]  # KeyError if one is missing
+            return found
         except Exception as error:  # damaged files fail in a dozen ways
             bad = f"{file} is damaged, or written by another version of this program ({type(error).__name__})"
             insist(file != files[-1], bad)
@@ -1023,9 +1028,10 @@ FIXED = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "optimizer",
 
 def restore(checkpoint, model, optimizers, data, cfg, world):
     """Put a run into a checkpoint's state -> its step, 0 without one. Processes, micro-batch, device, the schedule and
-    what is measured or saved may have changed since; UserError if model, text or batch have."""
+    what is measured or saved may have changed since; UserError if the model, the batch, or the text's size have."""
     start = checkpoint["step"] if checkpoint else 0
-    insist(not world.any(world.sum(torch.tensor(float(start))).item() != start * world.size),
+    others = world.sum(torch.tensor(float(start))).item() - start * world.size  # 0 if all have found the same
+    insist(not world.any(others != 0),
            f"--log_dir {cfg.log_dir} holds other checkpoints on other machines: use a folder they share")
     if not checkpoint:
         return start
@@ -1057,15 +1063,16 @@ OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
 def fetch_pretrained(name):
-    """A local folder as it is; the files of a name on the Hugging Face hub, fetched once -> the folder they are in."""
+    """The folder of a model: a local one as it is, one of the Hugging Face hub after it was downloaded, once."""
     if os.path.isdir(name):
         return name
     insist(name in OPENAI or re.fullmatch(r"[\w.-]+/[\w.-]+", name), f"{name}: no such checkpoint, log folder or "
            f"Hugging Face folder, and not one of {', '.join(OPENAI)} or OWNER/NAME")
     from huggingface_hub import HfApi, snapshot_download
     name, offline = f"openai-community/{name}" if name in OPENAI else name, True
-    with contextlib.suppress(Exception):  # this fails at once where a download would try for half a minute
-        offline = HfApi().model_info(name, timeout=10) is None
+    with contextlib.suppress(Exception):
+        HfApi().model_info(name, timeout=10)  # without a network this fails at once; a download tries for half a minute
+        offline = False
     try:
         return snapshot_download(name, allow_patterns=["config.json", "*.safetensors", "tokenizer.json",
                                                        "tokenizer_config.json"], local_files_only=offline)
@@ -1092,7 +1099,7 @@ def load_model(source):
 
 
 def tokenizer_of(model, checkpoint, source):
-    """The tokenizer that a model was trained with, or UserError; the model never samples an id that it doesn't have."""
+    """The tokenizer that a model was trained with, or UserError. Sets the model's n_vocab and eot, too."""
     if not checkpoint:
         folder = fetch_pretrained(source)
         tokenizer = load_tokenizer(folder if Path(folder, "tokenizer.json").exists() else "gpt2")
@@ -1137,22 +1144,21 @@ def check_tokenizer(model, checkpoint, cfg, meta, tokenizer):
 
 def first_model(cfg, meta, tokenizer, world):
     """The model that a run begins with -> (model, checkpoint to restore or None): fresh weights, or --init's, of which
-    a shorter --block_size drops the later positions."""
+    a shorter --block_size leaves out the later positions."""
     cfg.vocab_size = cfg.vocab_size or -(-meta["vocab_size"] // 128) * 128
     cfg.resume = world.any(cfg.resume)  # torchrun tells of a restart only where a process died
     checkpoint = find_checkpoint(cfg.log_dir) if cfg.resume else None
     torch.manual_seed(cfg.seed)  # the same weights on every process
-    if checkpoint or cfg.init == "scratch":
-        model = GPT(model_config(asdict(cfg)))
-    else:
-        model, origin = read_model(cfg.init)
-        wrong = [f"{name} {has}" for name, has in asdict(model.config).items() if has != getattr(cfg, name)
-                 and not (name == "block_size" and has > cfg.block_size)]
+    model = GPT(model_config(asdict(cfg)))
+    if not checkpoint and cfg.init != "scratch":
+        source, origin = read_model(cfg.init)
+        wrong = [f"{name} {has}" for name, has in asdict(source.config).items() if name in FIXED
+                 and has != getattr(cfg, name) and not (name == "block_size" and has > cfg.block_size)]
         insist(not wrong, f"--init {cfg.init} has {', '.join(wrong)}: leave these flags out")
-        check_tokenizer(model, origin, cfg, meta, tokenizer)
-        wpe = model.transformer.wpe.weight[:cfg.block_size].detach().clone()
-        model.transformer.wpe = nn.Embedding.from_pretrained(wpe, freeze=False)
-        model.config = replace(model.config, block_size=cfg.block_size)
+        check_tokenizer(source, origin, cfg, meta, tokenizer)
+        weights = source.state_dict()
+        weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:cfg.block_size]
+        model.load_state_dict(weights)
     model.n_vocab, model.eot = meta["vocab_size"], meta["eot"]
     return model, checkpoint
 
@@ -1211,26 +1217,27 @@ def describe_run(model, train, val, start, B, cfg, meta, world):
                 f"{rows // B // world.size} accumulated x {world.size} processes\n"
                 f"steps: {start} to {cfg.max_steps}, {cfg.max_steps / epoch:.2f} epochs"
                 + ", all within the warm-up" * (cfg.warmup_steps >= cfg.max_steps)
-                + ", since there is no checkpoint to resume yet" * (cfg.resume and start == 0)
+                + "; no checkpoint to resume yet" * (cfg.resume and start == 0)
                 + f"; log and checkpoints go to {cfg.log_dir}")
 
 
 # Peak dense 16-bit FLOP/s, from the makers' data sheets; whole words of the name that the driver gives.
-PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
-              "RTX PRO 6000 Blackwell": 503.8e12, "RTX 6000 Ada": 364e12, "RTX A6000": 154.8e12, "RTX 5090": 209.5e12,
-              "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12}
+PEAK_FLOPS = {"H200 NVL": 835e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+              "A100": 312e12, "L40S": 362e12, "RTX PRO 6000 Blackwell": 503.8e12, "RTX 6000 Ada": 364e12,
+              "RTX A6000": 154.8e12, "RTX 5090": 209.5e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12,
+              "T4": 65e12}
 
 
 def describe_step(step, loss, lr, norm, seconds, model, cfg, world):
-    """The console's line for a step. Its MFU, "model FLOPs utilization", is the share of the GPU's arithmetic that
-    6N + 12LHQT operations per token make (PaLM, appendix B; our C is HQ)."""
+    """The console's line for a step. Its MFU, "model FLOPs utilization", is the share of the GPU's arithmetic that is
+    used by the 6N + 12LCT operations per token of N parameters in L layers (PaLM, appendix B)."""
     # The median of the last steps: the first one, in which the model is compiled, would spoil a mean.
     left = int((cfg.max_steps - step - 1) * statistics.median(seconds[-21:]))
     tok_s, mfu = cfg.total_batch_size / seconds[-1], ""
-    # The laptop and other variants of a listed GPU have other peaks.
+    # Laptop, Ti, SUPER and D variants of a listed GPU have other peaks, and so has a part of one (MIG).
     if peak := next((peak for gpu, peak in PEAK_FLOPS.items()
-                     if re.search(rf"\b{gpu}\b(?! (Ti|SUPER|D|Laptop))", world.gpu)), None):
-        n = model.num_params() - model.transformer.wpe.weight.numel()  # looking up a position is not a product
+                     if re.search(rf"\b{gpu}\b(?! (Ti|SUPER|D|Laptop))(?!.*MIG)", world.gpu)), None):
+        n = model.num_params() - cfg.block_size * cfg.n_embd  # looking up a position is not a product
         mfu = f" | MFU {(6 * n + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size) * tok_s / world.size / peak:.1%}"
     return (f"step {step:5d} | loss {loss:.6f} | lr {lr:.4e} | norm {norm:.4f} | {seconds[-1] * 1000:.1f} ms | "
             f"{tok_s:,.0f} tok/s{mfu} | ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}")
@@ -1264,12 +1271,14 @@ def evaluate(cfg):
     return dict(val=loss, tokens=tokens, **score)
 
 
-def sample(cfg, text=None, temperature=0.8, top_k=50, max_new_tokens=200, num_samples=1):
+def sample(cfg, text=None, temperature=0.8, top_k=50, max_new_tokens=200, num_samples=1, **how):
     """sample: what --init names continues a text -> the texts."""
+    insist(temperature >= 0 and top_k > 0 and max_new_tokens >= 0 and num_samples > 0,
+           "--temperature and --max_new_tokens must not be negative, --top_k and --num_samples must be above 0")
     world = World(cfg)
     model, tokenizer = load_model(cfg.init)
     texts = continue_text(model.to(world.device), tokenizer, cfg.prompt if text is None else text, num_samples,
-                          max_new_tokens, cfg.seed, temperature, top_k)
+                          max_new_tokens, cfg.seed, temperature, top_k, **how)
     world.print("\n\n".join(texts))
     return texts
 
@@ -1297,13 +1306,13 @@ ACTIONS = {
     "train": (train, {}),
     "eval": (evaluate, {}),
     "sample": (sample, {"text": dict(nargs="?", help="what the model shall continue"),
-                        "--temperature": dict(type=float, help="0: the most probable id; 1: as the model says"),
-                        "--top_k": dict(type=int, help="draw among the k most probable ids"),
-                        "--max_new_tokens": dict(type=int, help="ids to write at most"),
-                        "--num_samples": dict(type=int, help="how many texts")}),
+                        "--temperature": dict(type=float, help="0: the most probable id; 1: as the model says; 0.8"),
+                        "--top_k": dict(type=int, help="draw among the k most probable ids; 50"),
+                        "--max_new_tokens": dict(type=int, help="ids to write at most; 200"),
+                        "--num_samples": dict(type=int, help="how many texts; 1")}),
     "export": (export, {"--out": dict(required=True, help="the folder to write")}),
 }
-# These can't be 0; all numbers are finite and not negative.
+# These settings can't be 0; all that are numbers are finite and not negative.
 ABOVE_ZERO = ("block_size", "n_layer", "n_head", "n_embd", "total_batch_size", "micro_batch_size", "max_steps",
               "max_lr", "val_tokens", "keep_checkpoints")
 
@@ -1352,7 +1361,7 @@ def make_parser(action):
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
     for field in fields(TrainConfig):
         options = dict(nargs="?", const="1") if field.type is bool else {}
-        parser.add_argument(f"--{field.name}", help=comments[field.name].replace("%", "%%"), **options)
+        parser.add_argument(f"--{field.name}", help=comments.get(field.name, "").replace("%", "%%"), **options)
     parser.add_argument("--preset", choices=PRESETS, help="a set of values for the flags above")
     parser.add_argument("--config", metavar="FILE.json", help="a file of flags, such as the config.json of a run")
     for name, options in ACTIONS[action][1].items():
@@ -1372,7 +1381,8 @@ def convert(name, kind, value):
         new = kind(value)
     except (TypeError, ValueError):
         new = None
-    insist(new is not None and (isinstance(value, str) or new == value), f"--{name} {value!r}: must be {kind.__name__}")
+    insist(new is not None and (isinstance(value, str) or new == value), f"--{name} {value!r}: must be "
+           f"{kind.__name__}{' or auto' * (name == 'micro_batch_size')}")
     insist(kind is str or 0 < new < math.inf or new == 0 and name not in ABOVE_ZERO,
            f"--{name} {value}: must {'be above 0' if name in ABOVE_ZERO else 'not be negative'}")
     return new
@@ -1387,8 +1397,8 @@ def main(argv=None):
     try:
         return ACTIONS[action][0](cfg, **extra)
     except torch.OutOfMemoryError as error:
-        raise UserError(f"the GPU's memory is too small for --micro_batch_size {cfg.micro_batch_size}: use half, or "
-                        "auto") from error
+        raise UserError(f"the GPU's memory ran out with --micro_batch_size {cfg.micro_batch_size}: try half as many "
+                        "rows") from error
 
 
 def command():
@@ -1410,8 +1420,8 @@ def command():
         traceback.print_exc()
         status = 1
     if "RANK" in os.environ:
-        # Leave at once, after an error too. To close the group of processes would wait for those that wait for us; and
-        # its threads outlive it, and can abort a Python that shuts down.
+        # Leave at once, after an error too. Closing the group would wait for processes that wait for us; and its
+        # threads outlive it, and can abort a Python that shuts down.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
