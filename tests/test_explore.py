@@ -269,12 +269,15 @@ def look(page, script, width=1400, **view):
 @needs_chromium
 def test_typing_drawing_and_switching(made):
     model, tokenizer, page = made
-    opened, bars, off, tokens, written, stopped = look(page, """
+    opened, here, bars, off, tokens, written, stopped = look(page, """
         const opened = $("#text").value, shown = () => $$("#tokens .token").map(node => +node.dataset.id);
         const changed = async change => { page.explorer.took = 0; change(); await until(() => page.explorer.took); };
         page.Math.random = () => 0;                       // it draws the likeliest
         $("#text").value = "Return the items";
         await changed(() => $("#text").dispatchEvent(new page.Event("input")));
+        await until(() => page.location.hash.includes("items"));
+        await changed(() => page.dispatchEvent(new page.Event("hashchange")));       // nothing of it is lost
+        const here = +$("#tokens .here").dataset.t;
         const bars = $$(".bar").map(bar => [+bar.dataset.id, +bar.dataset.p]);
         await changed(() => $("#switches [data-part='1.2']").click());
         const off = [+$(".bar").dataset.id, $$("#compare th").map(node => node.textContent)];
@@ -284,9 +287,9 @@ def test_typing_drawing_and_switching(made):
         await until(() => shown().length > tokens.length + 3 || $("#write").textContent === "Write");
         const written = [shown().slice(0, tokens.length), $("#write").textContent];
         await changed(() => $("#step").click());
-        return [opened, bars, off, tokens, written, $("#write").textContent];""")
-    assert opened == "Return the list."
+        return [opened, here, bars, off, tokens, written, $("#write").textContent];""")
     ids = tokenizer.encode_ordinary("Return the items")
+    assert opened == "Return the list." and here == len(ids) - 1
     logits, switched = reference(model, ids)[0], reference(model, ids, ("1.2",))[0]
     kept = logits[-1].topk(50)
     assert [id for id, _ in bars] == kept.indices[:20].tolist()
