@@ -68,7 +68,7 @@ def node(page, body, given=None):
 
 @torch.no_grad()
 def reference(model, ids, off=()):
-    """Plain PyTorch: (logits (T, V), attention (L, nh, T, T), norms (L+1, T)), with parts switched off by hooks."""
+    """Plain PyTorch, parts switched off by hooks: logits (T, V), attention (L, nh, T, T), residual stream (L+1, T, C)."""
     attention, stream, hooks = [], [], []
     nh, hs, T = model.config.n_head, model.config.n_embd // model.config.n_head, len(ids)
 
@@ -89,12 +89,10 @@ def reference(model, ids, off=()):
         if f"{l}.mlp" in off:
             hooks.append(block.mlp.register_forward_hook(lambda module, inputs, out: torch.zeros_like(out)))
     hooks.append(model.transformer.ln_f.register_forward_pre_hook(lambda module, inputs: stream.append(inputs[0][0])))
-    try:
-        logits = model(torch.tensor([ids]))[0][0, :, :N_VOCAB]
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return logits, torch.stack(attention), torch.stack(stream).norm(dim=-1)
+    logits = model(torch.tensor([ids]))[0][0, :, :N_VOCAB]
+    for hook in hooks:
+        hook.remove()
+    return logits, torch.stack(attention), torch.stack(stream)
 
 
 def close(ours, ref, atol=1e-3):
@@ -113,11 +111,11 @@ def test_logits_attention_and_norms_are_those_of_pytorch(made, off):
     ids = long[-T:]
     ours = node(page, "return explorer.run(...given)", [long, list(off)])
     assert len(long) > T and ours["ids"] == ids
-    logits, attention, norms = reference(model, ids, off)
+    logits, attention, stream = reference(model, ids, off)
     close(ours["logits"], logits)
     close([[[row + [0.0] * (T - len(row)) for row in rows] for rows in layer] for layer in ours["attention"]],
           attention, 1e-5)
-    close(ours["norms"], norms)
+    close(ours["norms"], stream.norm(dim=-1))
     close(ours["next"], logits[-1])
     nats = torch.nn.functional.cross_entropy(logits[:-1].double(), torch.tensor(ids[1:]), reduction="none")
     close([told["bits"] for told in ours["surprises"][1:]], (nats / math.log(2)).float())
@@ -178,15 +176,8 @@ def test_the_lens_and_the_habits_of_heads(made):
     model, tokenizer, page = made
     ids = tokenizer.encode_ordinary("Return the list")
     lens = node(page, "const run = explorer.run(given); return [0, 1, 2, 3].map(layer => run.lens(layer, 2))", ids)
-    stream = []
-    hooks = [block.register_forward_pre_hook(lambda module, inputs: stream.append(inputs[0][0, 2]))
-             for block in model.transformer.h]
     with torch.no_grad():
-        logits = model(torch.tensor([ids]))[0][0, 2]
-        early = [model.lm_head(model.transformer.ln_f(x)) for x in stream]
-    for hook in hooks:
-        hook.remove()
-    close(lens, torch.stack([*early, logits])[:, :N_VOCAB])
+        close(lens, model.lm_head(model.transformer.ln_f(reference(model, ids)[2][:, 2]))[:, :N_VOCAB])
     scores = node(page, "return explorer.headScores()")
     n = len(scores["ids"]) // 2
     assert scores["ids"][:n] == scores["ids"][n:] and len(set(scores["ids"])) == n == SIZES["block_size"] // 2
