@@ -18,7 +18,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import fineweb  # noqa: E402
 import train_gpt2  # noqa: E402
-from fineweb import Parser, UserError, byte_letters, insist, read_json, tokenizer_to_json, write_file  # noqa: E402
+from fineweb import Parser, UserError, insist, read_json, tokenizer_to_json, write_file  # noqa: E402
 
 LARGEST = 150e6  # bytes: a browser holds the page, its decoded weights and their float32 copy at the same time
 TEXT = ("Return the number of items in the list. If the list is empty, return the default value. The open() function "
@@ -71,11 +71,12 @@ def lines_of(thing, words):
 
 def token_bytes(tokenizer):
     """The tokens of a byte-level BPE in the order of their ids, each a string with one letter for each of its bytes."""
-    told, letters = json.loads(tokenizer_to_json(tokenizer)), byte_letters()
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+    told, byte = json.loads(tokenizer_to_json(tokenizer)), {letter: i for i, letter in bytes_to_unicode().items()}
     vocab = told["model"]["vocab"]
-    insist(told["model"]["type"] == "BPE" and set("".join(vocab)) <= set(letters),
+    insist(told["model"]["type"] == "BPE" and set("".join(vocab)) <= set(byte),
            "the page can only use a tokenizer of GPT-2's kind, a byte-level BPE")
-    tokens = {id: bytes(map(letters.get, token)).decode("latin-1") for token, id in vocab.items()}
+    tokens = {id: bytes(map(byte.get, token)).decode("latin-1") for token, id in vocab.items()}
     tokens |= {token["id"]: token["content"] for token in told["added_tokens"]}
     return [tokens.get(id, "") for id in range(tokenizer.n_vocab)]
 
