@@ -456,7 +456,8 @@ def parse_args(argv):
     add("--workers", type=int, default=os.cpu_count(), help="threads that tokenize (default: one per core)")
     add("--pretokenized", type=int, nargs="?", const=99, metavar="N", help=f"fetch N shards of {READY_MADE}")
     args = parser.parse_args(argv)
-    insist(re.fullmatch("gpt2|bytes|bpe:[0-9]+", args.tokenizer), f"--tokenizer {args.tokenizer}: gpt2, bytes or bpe:N")
+    insist(re.fullmatch("gpt2|bytes|bpe:[0-9]{3,5}", args.tokenizer),
+           f"--tokenizer {args.tokenizer}: it is gpt2, bytes, or bpe:N with N from 257 to 65536")
     insist(0 < args.val_fraction < 1, f"--val_fraction {args.val_fraction}: it must lie between 0 and 1")
     insist(args.pretokenized is None or (args.tokenizer, args.source) == ("gpt2", ["fineweb-edu"]),
            "--pretokenized is FineWeb-Edu in GPT-2's tokens: leave out --source and --tokenizer")

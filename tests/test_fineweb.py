@@ -726,7 +726,8 @@ def test_ready_made_shards(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--bogus"], "--bogus"), (["--tokenizer", "bpe:x"], "bpe:N"), (["--tokenizer", "gpt4"], "gpt2"),
-    (["--tokenizer", "bpe:3", "--source", "t.txt"], "bpe:257"), (["--val_fraction", "10"], "between 0 and 1"),
+    (["--tokenizer", "bpe:3"], "257"), (["--tokenizer", "bpe:300", "--source", "t.txt"], "bpe:2"),
+    (["--val_fraction", "10"], "between 0 and 1"),
     (["--source", "none.txt"], "none.txt"), (["--source", "t.txt", "none.txt"], "none.txt"),
     (["--source", "nonsense"], "nonsense"), (["--pretokenized", "--tokenizer", "bytes"], "--tokenizer"),
     (["--source"], "--source"),
