@@ -210,24 +210,29 @@ def load_tokenizer(source):
                             "folder that has it, copied from elsewhere, or use bytes or bpe:N") from None
     path = Path(source, "tokenizer.json")
     insist(path.exists(), f"no tokenizer {source}: neither gpt2, nor bytes, nor a folder with tokenizer.json")
-    if kind:
-        return tokenizer_from_json(path.read_text(encoding="utf-8"), kind)
-    from transformers import PreTrainedTokenizerFast
-    library = PreTrainedTokenizerFast.from_pretrained(source)       # it may be of any kind
-    eot = library.get_vocab().get(EOT, library.eos_token_id)
-    insist(eot is not None, f"{path} has no {EOT}, and tokenizer_config.json names no other eos_token")
-    return SimpleNamespace(
-        name=path.parent.name, n_vocab=max(library.get_vocab().values()) + 1, eot_token=eot, decode=library.decode,
-        encode_ordinary=lambda text: library.encode(text, add_special_tokens=False, split_special_tokens=True),
-        json=library.backend_tokenizer.to_str())
+    config = Path(source, "tokenizer_config.json")
+    eos = read_json(config).get("eos_token") if config.exists() else None
+    eos = eos["content"] if isinstance(eos, dict) else eos
+    return tokenizer_from_json(path.read_text(encoding="utf-8"), kind or str(path.resolve().parent), eos)
 
 
 def tokenizer_from_json(text, name, eot=None):
-    """A "bpe:N" or "bytes" from its tokenizer.json, where GPT-2 writes each byte as a letter: a space is "Ġ"."""
+    """The tokenizer of a tokenizer.json. `eot` is the end-of-text token, or its id, of one without `<|endoftext|>`."""
+    from tokenizers import Tokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
-    byte = {letter: byte for byte, letter in bytes_to_unicode().items()}
-    vocabulary = json.loads(text)["model"]["vocab"]
-    return bpe({bytes(map(byte.get, token)): i for token, i in vocabulary.items() if token != EOT}, name)
+    library = Tokenizer.from_str(text)
+    ids = library.get_vocab()
+    if name.startswith(("bytes", "bpe:")):          # made here; GPT-2 writes each byte as a letter: a space is "Ġ"
+        byte = {letter: byte for byte, letter in bytes_to_unicode().items()}
+        return bpe({bytes(map(byte.get, token)): i for token, i in ids.items() if token != EOT}, name)
+    library.no_truncation()                         # a file may ask for 512 ids of any text
+    library.encode_special_tokens = True            # <|endoftext|> within a text is text
+    eot = ids.get(EOT, ids.get(eot, eot))
+    insist(isinstance(eot, int), f"tokenizer {name} has no {EOT}, and tokenizer_config.json names no other eos_token")
+    return SimpleNamespace(
+        json=text, name=name, n_vocab=max(ids.values()) + 1, eot_token=eot,
+        encode_ordinary=lambda text: library.encode(text, add_special_tokens=False).ids,
+        decode=lambda ids: library.decode(ids, skip_special_tokens=False))
 
 
 def tokenizer_to_json(tokenizer):

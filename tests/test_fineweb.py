@@ -275,7 +275,7 @@ def test_any_tokenizer_is_usable(bpe, tmp_path, change):
     assert (again.n_vocab, again.encode_ordinary(TEXTS[3])) == (tokenizer.n_vocab, tokenizer.encode_ordinary(TEXTS[3]))
     meta = fineweb.write_shards(TEXTS, tmp_path / "shards", tokenizer, shard_size=100, workers=2)
     assert sum(read_shards(tmp_path / "shards", "train"), []) == plain_ids(TEXTS, tokenizer)[100:]
-    assert meta["shards"][0]["bytes"] is None
+    assert meta["shards"][0]["bytes"] is None and fineweb.load_tokenizer(tmp_path / "shards").n_vocab == again.n_vocab
 
 
 def test_no_tokenizer(tmp_path, monkeypatch):
