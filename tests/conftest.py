@@ -19,6 +19,31 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than a few seconds (training runs, several processes)")
 
 
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A folder with `data`, the shards that the runs of launch.py read."""
+    import launch
+    folder = tmp_path_factory.mktemp("base")
+    launch.write_data(folder / "data")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole(base):
+    """The log folder of launch.py's run, undisturbed, by one process."""
+    import launch
+    launch.run(launch.command(base, "whole"), base)
+    return base / "whole"
+
+
+@pytest.fixture(scope="session")
+def whole_of_two(base):
+    """The same by two processes; their sums are rounded in another order."""
+    import launch
+    launch.run_many(2, launch.command(base, "whole_of_two"), base)
+    return base / "whole_of_two"
+
+
 @pytest.fixture
 def real_data():
     """Folder with fineweb-edu/, tinystories/, wikitext-2/, hellaswag/, logs/ (see README, "Tests"), or a skip."""

@@ -3,14 +3,14 @@
 `start(words)` runs the program in a process of its own, with its own standard output, error and exit status.
 That process is forked from a server which has imported torch already, so that a start takes a fifth of a
 second and not four. What depends on torchrun, on a terminal's process group or on a real interpreter uses
-`shell` instead.
+`torchrun` instead.
 """
+import itertools
 import json
 import multiprocessing.connection
 import os
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -38,6 +38,11 @@ TINY = dict(vocab_size=257, block_size=16, n_layer=2, n_head=2, n_embd=16, total
 def words(**changes):
     """words(n_layer=3) -> the command line of a tiny run, as a list."""
     return [f"--{name}={value}" for name, value in {**TINY, **changes}.items() if value is not None]
+
+
+def command(base, log_dir="log", *more, **changes):
+    """The same on the shards of conftest.py's `base`, with more words after it."""
+    return [*words(data_dir=base / "data", log_dir=log_dir, **changes), *more]
 
 
 def write_data(folder, train=6000, val=500, vocab=257, **meta):
@@ -97,6 +102,18 @@ def child(arguments, cwd, env, files, patch):
     runpy.run_path(PROGRAM, run_name="__main__")
 
 
+def after_backward(do):
+    """Rig this process: do(step, parameters) after the backward pass of each step, before the update."""
+    clip, steps = torch.nn.utils.clip_grad_norm_, itertools.count()
+
+    def rigged(parameters, *arguments):
+        parameters = list(parameters)
+        do(next(steps), parameters)
+        return clip(parameters, *arguments)
+
+    torch.nn.utils.clip_grad_norm_ = rigged
+
+
 def start(arguments, cwd, patch=None, **env):
     return Running([str(a) for a in arguments], cwd, env, patch)
 
@@ -123,10 +140,9 @@ def run_many(size, arguments, cwd, patch=None, status=0):
     """Run to the end. As under torchrun, the first one that fails ends all; that one must have this status."""
     running = start_many(size, arguments, cwd, patch)
     end = time.monotonic() + 120
-    while time.monotonic() < end and all(r.process.exitcode in (None, 0) for r in running) and (
+    while time.monotonic() < end and not (failed := [r.process.exitcode for r in running if r.process.exitcode]) and (
             alive := [r.process.sentinel for r in running if r.process.is_alive()]):
         multiprocessing.connection.wait(alive, timeout=1)
-    failed = [r.process.exitcode for r in running if r.process.exitcode]
     if failed:
         for r in running:
             r.process.terminate()
@@ -135,31 +151,16 @@ def run_many(size, arguments, cwd, patch=None, status=0):
     return running
 
 
-def shell(arguments, cwd, **options):
-    """A real interpreter: shell(["train_gpt2.py", ...]) or shell(["-m", "torch.distributed.run", ...])."""
-    arguments = [PROGRAM if a == "train_gpt2.py" else str(a) for a in arguments]
+def torchrun(cwd, arguments, *options, **popen):
+    """torchrun, with real interpreters, for the tests of what it does itself."""
+    words = [sys.executable, "-m", "torch.distributed.run", *options, PROGRAM, *arguments]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen([sys.executable, *arguments], cwd=cwd, env=env, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, **options)
-
-
-def torchrun(cwd, arguments, *options, size=2, **popen):
-    return shell(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}", *options,
-                  "train_gpt2.py", *arguments], cwd, **popen)
-
-
-def two_machines(cwd, arguments, *options, size=1):
-    """Two torchruns, as on two machines with `size` processes each -> [Popen, Popen]."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        meet = f"--rdzv_endpoint=127.0.0.1:{s.getsockname()[1]}"
-    words = ["-m", "torch.distributed.run", "--nnodes=2", f"--nproc_per_node={size}", meet, "--rdzv_id=7",
-             "--rdzv_backend=c10d", "--local_addr=127.0.0.1", *options, "train_gpt2.py", *arguments]
-    return [shell(words, cwd) for _ in range(2)]
+    return subprocess.Popen(words, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            **popen)
 
 
 def finish(popen, status=0, timeout=180):
-    """Everything that a `shell` printed, once it has ended with this status."""
+    """Everything that a torchrun printed, once it has ended with this status."""
     try:
         out, _ = popen.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:

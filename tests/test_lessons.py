@@ -1,6 +1,7 @@
 """The lessons: their form, their exercises, their table of bugs (each planted, each noticed), and every cell (slow)."""
 import ast
 import base64
+import functools
 import importlib.util
 import re
 import struct
@@ -27,6 +28,7 @@ spec.loader.exec_module(helpers)
 each_notebook = pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
 
 
+@functools.cache
 def read(file):
     nb = nbformat.read(file, as_version=4)
     nbformat.validate(nb)
@@ -51,18 +53,7 @@ def test_the_fourteen_lessons_are_there_and_the_readme_knows_them():
     assert rows == said
     hours = int(re.search(r"takes about (\d+) hours", README)[1])
     assert abs(sum(map(int, said.values())) / 60 - hours) <= 0.5
-
-
-def test_helpers_stay_small():
     assert len((LESSONS / "helpers.py").read_text().splitlines()) <= 80
-
-
-@each_notebook
-def test_opens_with_its_goal_the_minutes_and_what_it_needs(file):
-    first = read(file).cells[0]
-    assert first.cell_type == "markdown" and first.source.startswith(f"# {file.name[:2]} ")
-    for word in ("**You will build**", "**Minutes**", "**Needs**"):
-        assert word in first.source, word
 
 
 @each_notebook
@@ -70,105 +61,55 @@ def test_was_executed_from_top_to_bottom_without_an_error(file):
     cells = code_cells(read(file))
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     for cell in cells:
+        ast.parse("\n".join(line for line in cell.source.splitlines() if not line.startswith(("%", "!"))))
         for output in cell.outputs:
-            assert output.output_type != "error", cell.source
-            assert output.get("name") != "stderr", (cell.source, output.text)
+            assert output.output_type != "error" and output.get("name") != "stderr", (cell.source, output)
 
 
 @each_notebook
-def test_cells_are_small(file):
+def test_is_small_and_names_no_machine(file):
+    """Cells too: half of them are a thought, not a page."""
     lengths = sorted(len(cell.source.splitlines()) for cell in code_cells(read(file)))
-    assert lengths[-1] <= 30
-    assert lengths[len(lengths) // 2] <= 10, "half of the cells should be a thought, not a page"
-
-
-@each_notebook
-def test_the_file_is_small_and_names_no_machine(file):
+    assert lengths[-1] <= 30 and lengths[len(lengths) // 2] <= 10
     text = file.read_text()
-    assert len(text) <= 1_500_000
-    assert not re.search(r"(?<![\w.])/(home|root|Users|tmp|usr|work|opt)/", text)
+    assert len(text) <= 1_500_000 and not re.search(r"(?<![\w.])/(home|root|Users|tmp|usr|work|opt)/", text)
 
 
 @each_notebook
-def test_finds_the_repository_and_opens_with_the_map(file):
+def test_opens_with_its_goal_and_the_map_and_ends_equal_to_train_gpt2(file):
     """The first code cell is the same everywhere; the second draws the map, with a part of it lit."""
-    first, second = code_cells(read(file))[:2]
+    nb = read(file)
+    first, second, *_, last = code_cells(nb)
+    assert nb.cells[0].cell_type == "markdown" and nb.cells[0].source.startswith(f"# {file.name[:2]} ")
+    assert all(word in nb.cells[0].source for word in ("**You will build**", "**Minutes**", "**Needs**"))
     assert first.source == code_cells(read(NOTEBOOKS[0]))[0].source
     assert re.fullmatch(r'import figures\nfigures\.gpt2_map\((?:"\w+"(?:, )?)+\)', second.source)
-    assert sizes_of_pictures([second])
-
-
-def sizes_of_pictures(cells):
-    """(width, height) of each stored PNG, in pixels."""
-    pictures = [output.data["image/png"] for cell in cells for output in cell.outputs if "image/png" in
-                output.get("data", {})]
-    return [struct.unpack(">II", base64.b64decode(picture)[16:24]) for picture in pictures]
+    assert "## Where this lives" in prose(nb) and "## Ledger" in prose(nb) and "train_gpt2.py" in prose(nb)
+    assert any("train_gpt2" in cell.source for cell in code_cells(nb)) and "compare(" in last.source
 
 
 @each_notebook
-def test_pictures_are_wide_enough_to_be_read(file):
-    sizes = sizes_of_pictures(code_cells(read(file)))
-    assert len(sizes) >= 3 and min(width for width, _ in sizes) >= 700, sizes
-
-
-@pytest.mark.parametrize("file", [*NOTEBOOKS, LESSONS / "README.md"], ids=lambda file: file.stem)
-def test_links_lead_somewhere(file):
-    text = file.read_text() if file.suffix == ".md" else prose(read(file))
-    local = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if not link.startswith("http")]
-    assert local
-    for link in local:
-        assert (LESSONS / link).exists(), link
-
-
-def test_each_lesson_leads_to_its_neighbors():
-    for before, file, after in zip([None, *NOTEBOOKS], NOTEBOOKS, [*NOTEBOOKS[1:], None]):
-        nb = read(file)
-        line = nb.cells[-1].source
-        assert nb.cells[-1].cell_type == "markdown" and nb.cells[0].source.endswith(line)
-        links = re.findall(r"\]\(([^)]+)\)", line)
-        assert links == [*([before.name] if before else []), "README.md", *([after.name] if after else []),
-                         "../train_gpt2.py"]
-        for name in re.findall(r"`(\w+)[^`]*`", line.split("train_gpt2.py)")[1]):
-            assert re.search(rf"\b{name}\b", (ROOT / "train_gpt2.py").read_text()), name
-
-
-@each_notebook
-def test_exercises_have_one_style_of_heading(file):
-    """`### Exercise 1 · what it is · 10 minutes · ●●○`, numbered in order."""
-    headings = re.findall(r"^#+ *Exercise .*$", prose(read(file)), re.MULTILINE)
-    assert [int(re.fullmatch(r"### Exercise (\d) · .+ · \d+ minutes · (?:●○○|●●○|●●●)", heading)[1])
-            for heading in headings] == list(range(1, len(exercises(read(file))) + 1))
-
-
-@each_notebook
-def test_ends_where_this_lives_and_equal_to_train_gpt2(file):
-    nb = read(file)
-    assert "## Where this lives" in prose(nb) and "train_gpt2.py" in prose(nb)
-    last = code_cells(nb)[-1].source
-    assert "train_gpt2" in "".join(cell.source for cell in code_cells(nb)) and "compare(" in last
-
-
-@each_notebook
-def test_has_exercises_with_hints_and_a_ledger(file):
-    nb = read(file)
-    names = exercises(nb)
-    assert 2 <= len(names) <= 4
-    assert prose(nb).count("<details>") >= len(names), "each exercise has a folded hint"
-    assert "## Ledger" in prose(nb)
-
-
-@each_notebook
-def test_plots_ask_a_question(file):
+def test_pictures_are_wide_enough_and_ask_a_question(file):
+    pictures = [[output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {})]
+                for cell in code_cells(read(file))]
+    widths = [struct.unpack(">I", base64.b64decode(picture)[16:20])[0] for cell in pictures for picture in cell]
+    assert pictures[1] and len(widths) >= 3 and min(widths) >= 700, widths
     source = "\n".join(cell.source for cell in code_cells(read(file)))
-    titles = re.findall(r"title\(\s*f?([\"'])(.*?)\1", source)
-    assert all("?" in title for _, title in titles), titles
+    assert all("?" in title for _, title in re.findall(r"title\(\s*f?([\"'])(.*?)\1", source))
 
 
-@each_notebook
-def test_every_cell_can_be_parsed(file):
-    for cell in code_cells(read(file)):
-        lines = [line for line in cell.source.splitlines() if not line.startswith(("%", "!"))]
-        ast.parse("\n".join(lines) if not cell.source.startswith("%%") else "")
+def test_links_lead_somewhere_and_from_each_lesson_to_its_neighbors():
+    for file in [*NOTEBOOKS, LESSONS / "README.md"]:
+        text = file.read_text() if file.suffix == ".md" else prose(read(file))
+        local = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if not link.startswith("http")]
+        assert local and all((LESSONS / link).exists() for link in local), (file, local)
+    for before, file, after in zip([None, *NOTEBOOKS], NOTEBOOKS, [*NOTEBOOKS[1:], None]):
+        first, *_, last = read(file).cells
+        assert last.cell_type == "markdown" and first.source.endswith(last.source)
+        assert re.findall(r"\]\(([^)]+)\)", last.source) == [
+            *([before.name] if before else []), "README.md", *([after.name] if after else []), "../train_gpt2.py"]
+        for name in re.findall(r"`(\w+)[^`]*`", last.source.split("train_gpt2.py)")[1]):
+            assert re.search(rf"\b{name}\b", (ROOT / "train_gpt2.py").read_text()), name
 
 
 # ---- exercises
@@ -179,30 +120,35 @@ def exercises(nb):
     return sorted(set(re.findall(r"^(?:def|class) (ex\d\d_\d)\b", source, re.MULTILINE)))
 
 
+@each_notebook
+def test_exercises_have_one_style_of_heading_and_hints(file):
+    """`### Exercise 1 · what it is · 10 minutes · ●●○`, numbered in order, each with a folded hint."""
+    text, names = prose(read(file)), exercises(read(file))
+    headings = re.findall(r"^#+ *Exercise .*$", text, re.MULTILINE)
+    assert [int(re.fullmatch(r"### Exercise (\d) · .+ · \d+ minutes · (?:●○○|●●○|●●●)", heading)[1])
+            for heading in headings] == list(range(1, len(names) + 1))
+    assert 2 <= len(names) <= 4 and text.count("<details>") >= len(names)
+
+
 ALL = [(file, name) for file in NOTEBOOKS for name in exercises(read(file))]
 
 
 @pytest.mark.parametrize("file, name", ALL, ids=[name for _, name in ALL])
-def test_the_solution_passes_the_check_and_the_stub_does_not(file, name, capsys):
+def test_the_solution_passes_the_check_and_nothing_else_does(file, name, capsys):
+    """Nor does the stub that the notebook shows, in a cell that checks it."""
     helpers.check(getattr(solutions, name), name)
     assert f"{name}: right" in capsys.readouterr().out
-    cell = next(cell.source for cell in code_cells(read(file)) if re.search(rf"^(def|class) {name}\b", cell.source,
-                                                                            re.MULTILINE))
-    assert f'check({name}, "{name}")' in cell, "the stub's own cell checks it"
-    shown = next(c.outputs for c in code_cells(read(file)) if c.source == cell)
-    assert f"{name}: your turn" in "".join(output.get("text", "") for output in shown)
+    with pytest.raises(Exception):
+        helpers.check(lambda *args, **kwargs: None, name)
+    cell = next(c for c in code_cells(read(file)) if re.search(rf"^(def|class) {name}\b", c.source, re.MULTILINE))
+    assert f'check({name}, "{name}")' in cell.source
+    assert f"{name}: your turn" in "".join(output.get("text", "") for output in cell.outputs)
 
 
 def test_every_solution_belongs_to_an_exercise():
     known = {name for _, name in ALL}
     assert {name for name in vars(solutions) if EXERCISE.fullmatch(name)} == known
     assert {name for name in vars(solutions) if name.startswith("check_")} == {f"check_{name}" for name in known}
-
-
-def test_a_wrong_answer_is_not_taken():
-    for _, name in ALL:
-        with pytest.raises(Exception):
-            helpers.check(lambda *args, **kwargs: None, name)
 
 
 # ---- the table of bugs in the README
@@ -321,7 +267,7 @@ def test_each_bug_of_the_readme_is_planted_where_the_readme_says():
 
 def execute(file, folder):
     from nbclient import NotebookClient
-    nb = read(file)
+    nb = nbformat.read(file, as_version=4)
     NotebookClient(nb, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
 
 
