@@ -24,7 +24,8 @@ LARGEST = 150e6  # bytes: a browser holds the page, its decoded weights and thei
 TEXT = ("Return the number of items in the list. If the list is empty, return the default value. The open() function "
         "returns a file object. If the file")
 ABOUT = {"builtin": "the documentation that comes with Python, so it knows little else",
-         "tinystories": "short stories for children, so it knows little else", "edu_fineweb10B": "educational web pages"}
+         "tinystories": "short stories for children, so it knows little else",
+         "edu_fineweb10B": "educational web pages"}
 
 # The map: name, shape, how the names of its weights begin (None: it has none of its own), what it does, who does it,
 # and between which words of the source: all of it where there are none. {C}, {V}, ... are this model's numbers.
@@ -36,18 +37,19 @@ MAP = [
      "Each id is looked up as {C} numbers that say what it means; {C} more are added that say where it stands.",
      train_gpt2.GPT.hidden, "transformer.wte("),
     ("Attention, in each of {L} layers", "(T, {C}) → {nh} heads × (T, T) → (T, {C})", "h.0.attn",
-     "Each token asks a question, compares it with what it and the tokens before it offer, and takes a weighted average "
-     "of their answers.", train_gpt2.CausalSelfAttention, ""),
+     "Each token asks a question, compares it with what it and the tokens before it offer, and takes a weighted "
+     "average of their answers.", train_gpt2.CausalSelfAttention, ""),
     ("MLP, after each attention", "(T, {C}) → (T, {wide}) → (T, {C})", "h.0.mlp",
-     "Each token is worked on alone: its numbers become four times as many, pass a nonlinearity (GELU), and shrink back.",
+     "Each token is worked on alone: its numbers become four times as many, pass a nonlinearity (GELU), shrink back.",
      train_gpt2.MLP, ""),
     ("The two together: a layer", "(T, {C}) → (T, {C})", "h.0.ln",
-     "Attention and MLP read the stream through a LayerNorm, which brings it to a standard size.", train_gpt2.Block, ""),
+     "Attention and MLP read the stream through a LayerNorm, which brings it to a standard size.",
+     train_gpt2.Block, ""),
     ("Last LayerNorm", "(T, {C})", "ln_f",
      "Brings the stream, which has grown from layer to layer, back to a standard size.",
      train_gpt2.GPT.hidden, "transformer.ln_f("),
     ("Scores for the next token", "(T, {C}) → (T, {V})", None,
-     "The numbers of each token are compared with the embedding of every id: the better they fit, the higher its score.",
+     "A token's numbers are compared with the embedding of every id: the better they fit, the higher its score.",
      train_gpt2.GPT.forward, "self.lm_head("),
     ("Surprise", "(T, {V}) → 1 number", None,
      "Training compares each guess with the token that really came next, and moves all learned numbers a little, many "
@@ -119,7 +121,7 @@ def main(argv=None):
     model, tokenizer = train_gpt2.load_model(args.source)
     config = Path(args.source, "config.json")  # a run says there what it learned from
     data = Path(read_json(config).get("data_dir", "")).name if config.exists() else ""
-    page = make_page(model, tokenizer, args.text, data and f"It learned from {ABOUT.get(data, 'the texts in ' + data)}.")
+    page = make_page(model, tokenizer, args.text, data and f"It learned from {ABOUT.get(data, data)}.")
     write_file(args.out, lambda file: file.write(page.encode()))
     print(f"wrote {args.out}, {len(page.encode()) / 1e6:.1f} MB: open it in a browser")
     return args.out

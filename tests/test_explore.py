@@ -68,7 +68,7 @@ def node(page, body, given=None):
 
 @torch.no_grad()
 def reference(model, ids, off=()):
-    """Plain PyTorch, parts switched off by hooks: logits (T, V), attention (L, nh, T, T), residual stream (L+1, T, C)."""
+    """Plain PyTorch, parts switched off by hooks: logits (T, V), attention (L, nh, T, T), the stream (L+1, T, C)."""
     attention, stream, hooks = [], [], []
     nh, hs, T = model.config.n_head, model.config.n_embd // model.config.n_head, len(ids)
 
