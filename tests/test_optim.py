@@ -20,19 +20,13 @@ CPU = torch.device("cpu")
 
 # ---- groups
 
-def numbers(groups):
-    return [(len(g["params"]), sum(p.numel() for p in g["params"]), g["weight_decay"]) for g in groups]
-
-
-def test_matrices_decay_and_biases_and_norms_do_not():
-    """GPT-2 (124M): 50 matrices and 98 vectors."""
+def test_adamw_has_gpt3s_settings_and_decays_matrices_only():
+    """GPT-2 (124M): 50 matrices, and 98 biases, gains and shifts."""
     with torch.device("meta"):
         model = GPT(GPTConfig())
     [adamw] = configure_optimizers(model, TrainConfig(), torch.device("meta"))
-    assert numbers(adamw.param_groups) == [(50, 124_318_464, 0.1), (98, 121_344, 0.0)]
-
-
-def test_adamw_has_gpt3s_settings():
+    assert [(len(g["params"]), sum(p.numel() for p in g["params"]), g["weight_decay"]) for g in adamw.param_groups] == [
+        (50, 124_318_464, 0.1), (98, 121_344, 0.0)]
     [adamw] = configure_optimizers(tiny_model(), tiny_config(weight_decay=0.3, max_lr=1e-3), CPU)
     assert isinstance(adamw, torch.optim.AdamW)
     for g, decay in zip(adamw.param_groups, (0.3, 0.0), strict=True):
@@ -40,42 +34,50 @@ def test_adamw_has_gpt3s_settings():
         assert g["fused"] is True and not g["amsgrad"] and not g["maximize"]
 
 
-def test_a_parameter_in_no_optimizer_is_noticed():
-    """Whatever a fork adds, a matrix or a vector, anywhere, is trained; a frozen one is nobody's."""
-    model = tiny_model()
-    model.extra = torch.nn.Linear(5, 7)
-    model.transformer.wpe.weight.requires_grad_(False)
-    for optimizer in ("adamw", "muon"):
-        optimizers = configure_optimizers(model, tiny_config(optimizer=optimizer), CPU)
-        owned = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
-        assert len(owned) == len(set(owned))
-        assert set(owned) == {id(p) for p in model.parameters()} - {id(model.transformer.wpe.weight)}
-
-
 def test_muon_gets_the_matrices_inside_the_blocks():
+    """In float32, which PyTorch's would round, by our own class."""
     model = tiny_model()
     muon, adamw = configure_optimizers(model, tiny_config(optimizer="muon", weight_decay=0.3), CPU)
-    assert isinstance(muon, torch.optim.Muon) and isinstance(adamw, torch.optim.AdamW)
+    assert isinstance(adamw, torch.optim.AdamW)
     mine = {id(p) for g in muon.param_groups for p in g["params"]}
-    names = {name for name, p in model.named_parameters() if id(p) in mine}
-    assert names == {f"transformer.h.{i}.{kind}.weight" for i in range(3)
-                     for kind in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
-    assert [g["weight_decay"] for g in muon.param_groups] == [0.3]
+    assert {name for name, p in model.named_parameters() if id(p) in mine} == {
+        f"transformer.h.{i}.{kind}.weight" for i in range(3)
+        for kind in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
     vectors = 3 * (4 + 4) + 2  # biases, gains and shifts: in three blocks and in ln_f
     assert [(len(g["params"]), g["weight_decay"]) for g in adamw.param_groups] == [(2, 0.3), (vectors, 0.0)]
     assert all((g["betas"], g["eps"]) == ((0.9, 0.95), 1e-8) for g in adamw.param_groups)
+    for dtype, kind in ((torch.bfloat16, torch.optim.Muon), (torch.float32, Muon), (torch.float16, Muon)):
+        muon, _ = configure_optimizers(model, tiny_config(optimizer="muon", weight_decay=0.3), CPU, dtype)
+        assert type(muon) is kind and muon.defaults["adjust_lr_fn"] == "match_rms_adamw"
+        assert [g["weight_decay"] for g in muon.param_groups] == [0.3]
 
 
-@pytest.mark.parametrize("shape", [(48, 48), (48, 144), (144, 48)])
-def test_orthogonal_keeps_the_directions_and_evens_their_strengths(shape):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_parameter_in_no_optimizer_is_noticed(optimizer):
+    """Whatever a fork adds, a matrix or a vector, anywhere, is trained; what is frozen is in none."""
+    model = tiny_model()
+    model.extra = torch.nn.Linear(5, 7)
+    frozen = model.transformer.wpe.weight, model.transformer.h[1].mlp.c_fc.weight
+    for p in frozen:
+        p.requires_grad_(False)
+    optimizers = configure_optimizers(model, tiny_config(optimizer=optimizer), CPU)
+    owned = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
+    assert sorted(owned) == sorted({id(p) for p in model.parameters()} - {id(p) for p in frozen})
+
+
+def test_orthogonal_keeps_the_directions_and_evens_their_strengths():
     """U S V^T becomes U P V^T: the SVD gives U and V, and P is the polynomial applied to S five times."""
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).double()
-    U, S, Vt = torch.linalg.svd(x, full_matrices=False)
-    P = S / S.norm()
-    for _ in range(5):
-        P = 3.4445 * P - 4.7750 * P ** 3 + 2.0315 * P ** 5
-    assert (orthogonal(x) - U @ torch.diag(P) @ Vt).abs().max() < 1e-9
-    assert 0.3 < P.min() and P[:24].min() > 0.68 and P.max() < 1.21
+    def evened(S):
+        for _ in range(5):
+            S = 3.4445 * S - 4.7750 * S ** 3 + 2.0315 * S ** 5
+        return S
+
+    P = evened(torch.linspace(0.01, 1, 10_000).double())
+    assert (round(P.min().item(), 2), round(P.max().item(), 2)) == (0.68, 1.13)
+    for shape in (48, 144), (144, 48):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).double()
+        U, S, Vt = torch.linalg.svd(x, full_matrices=False)
+        assert (orthogonal(x) - U @ torch.diag(evened(S / S.norm())) @ Vt).abs().max() < 1e-9
     assert not orthogonal(torch.zeros(3, 5)).any()  # no gradient, no update: not 0 / 0
 
 
@@ -99,54 +101,34 @@ def test_muon_is_pytorchs_without_its_rounding(monkeypatch):
     assert torch.allclose(state, other, rtol=0, atol=2e-6)
 
 
-def test_muon_rounds_to_bfloat16_only_in_a_run_that_does():
-    for dtype, kind in ((torch.bfloat16, torch.optim.Muon), (torch.float32, Muon), (torch.float16, Muon)):
-        muon, _ = configure_optimizers(tiny_model(), tiny_config(optimizer="muon"), CPU, dtype)
-        assert type(muon) is kind and muon.defaults["adjust_lr_fn"] == "match_rms_adamw"
-
-
 # ---- the learning rate
 
-def test_the_learning_rate_of_the_paper_run():
-    cfg = TrainConfig()
-    assert get_lr(0, cfg) == pytest.approx(6e-4 / 715) == pytest.approx(8.39e-7, rel=1e-3)
-    assert get_lr(357, cfg) == pytest.approx(6e-4 * 358 / 715)
-    assert get_lr(714, cfg) == get_lr(715, cfg) == 6e-4
-    halfway = (715 + 19072) // 2
-    assert get_lr(halfway, cfg) == pytest.approx((6e-4 + 6e-5) / 2, rel=1e-3)
-    assert 6e-5 < get_lr(19071, cfg) < 6e-5 * 1.00001
-    assert get_lr(19072, cfg) == 6e-5
+SCHEDULES = [TrainConfig(), *(TrainConfig(max_lr=1.0, min_lr=0.1, warmup_steps=warmup, max_steps=steps)
+                              for warmup, steps in [(0, 50), (10, 50), (1, 2), (49, 50), (0, 1), (100, 10)])]
 
 
-@pytest.mark.parametrize("warmup, steps", [(0, 50), (10, 50), (1, 2), (49, 50), (30, 100)])
-def test_the_learning_rate_is_torchs_cosine_after_a_line(warmup, steps):
-    cfg = TrainConfig(max_lr=1.0, min_lr=0.1, warmup_steps=warmup, max_steps=steps)
-    line = [(step + 1) / warmup for step in range(warmup)]
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    curve, cosine = [], CosineAnnealingLR(optimizer, T_max=max(1, steps - 1 - warmup), eta_min=0.1)
+@pytest.mark.parametrize("cfg", SCHEDULES, ids=lambda cfg: f"{cfg.warmup_steps}-{cfg.max_steps}")
+def test_the_learning_rate_is_a_line_and_then_torchs_cosine(cfg):
+    """The paper run's and shorter ones, down to a single step, and one that ends before its warm-up does."""
+    warmup, steps = cfg.warmup_steps, cfg.max_steps
+    line = [cfg.max_lr * (step + 1) / warmup for step in range(min(warmup, steps))]
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=cfg.max_lr)
+    curve, cosine = [], CosineAnnealingLR(optimizer, T_max=max(1, steps - 1 - warmup), eta_min=cfg.min_lr)
     for _ in range(steps - warmup):
         curve.append(cosine.get_last_lr()[0])
         optimizer.step()
         cosine.step()
     if len(curve) == 1:  # warm-up up to the last step: there is no curve, only its end
-        curve = [0.1]
-    assert [get_lr(step, cfg) for step in range(steps)] == pytest.approx(line + curve, abs=1e-12)
+        curve = [cfg.min_lr]
+    assert [get_lr(step, cfg) for step in range(steps)] == pytest.approx(line + curve, rel=1e-9, abs=1e-12)
+    assert get_lr(steps + warmup, cfg) == cfg.min_lr  # a step past the end is the last one's
 
 
-def test_the_learning_rate_of_very_short_runs():
-    one = TrainConfig(max_lr=1.0, min_lr=0.1, warmup_steps=0, max_steps=1)
-    assert get_lr(0, one) == 0.1
-    within = TrainConfig(max_lr=1.0, min_lr=0.07, warmup_steps=100, max_steps=10)  # ends before warm-up does
-    for step in range(10):
-        assert get_lr(step, within) == pytest.approx((step + 1) / 100)
-    assert get_lr(500, within) == 0.07  # a step past the end is the last one's
-
-
-def test_bigger_models_have_gpt3s_smaller_learning_rates():
-    """Brown et al. (2020), table 2.1."""
-    rates = {name: TrainConfig(**PRESETS[name]) for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
-    assert [c.max_lr for c in rates.values()] == [6e-4, 3e-4, 2.5e-4, 2e-4]
-    assert all(c.min_lr == pytest.approx(c.max_lr / 10) for c in rates.values())
+def test_learning_rates_are_gpt3s_smaller_for_bigger_models():
+    """Brown et al. (2020), table 2.1; the warm-up is 375M tokens."""
+    rates = [TrainConfig(**PRESETS[name]) for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")]
+    assert [c.max_lr for c in rates] == [6e-4, 3e-4, 2.5e-4, 2e-4]
+    assert all(c.min_lr == pytest.approx(c.max_lr / 10) and c.warmup_steps == 375_000_000 // 2 ** 19 for c in rates)
 
 
 # ---- one step
@@ -199,7 +181,7 @@ def furthest(model, other):
 RECIPE = dict(max_lr=1e-2, min_lr=1e-3, warmup_steps=2, max_steps=6, grad_clip=1.0)
 
 
-@pytest.mark.parametrize("A", [1, 3, 12])
+@pytest.mark.parametrize("A", [1, 12])
 def test_six_steps_equal_the_recipe_written_a_second_time(A):
     """Losses, norms and weights; in float64 even twelve micro-batches are one big batch. Three steps are
     clipped and three are not; from the second one on a wrong beta or a late zero_grad would show.
@@ -232,20 +214,15 @@ def length(tensors):
     return math.sqrt(sum(t.square().sum().item() for t in tensors))
 
 
-@pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("A", [1, 3])
 @pytest.mark.parametrize("clip", [0.5, 0.0, 1000.0])
-def test_clipping_shortens_the_gradient_and_keeps_its_direction(clip, A, scaled):
-    """0 means no clipping. The norm returned is the one before, the same for more micro-batches, and for a loss
-    that was scaled up for float16."""
-    world = FakeWorld(scaler=torch.amp.GradScaler("cpu", init_scale=2.0 ** 12, enabled=scaled))
-    moved, gradients, _, norm = updates(tiny_config(grad_clip=clip), A, world)
+def test_clipping_shortens_the_gradient_and_keeps_its_direction(clip):
+    """0 means no clipping. The norm returned is the one before, also for a loss that was scaled up for float16."""
+    world = FakeWorld(scaler=torch.amp.GradScaler("cpu", init_scale=2.0 ** 12))
+    moved, gradients, _, norm = updates(tiny_config(grad_clip=clip), 3, world)
     assert norm.item() == pytest.approx(length(gradients), abs=1e-12) and norm.item() > 1
     factor = 0.5 / norm.item() if clip == 0.5 else 1
     for u, g in zip(moved, gradients):
         assert torch.allclose(u, factor * g, rtol=1e-5, atol=1e-12)
-    if clip == 0.5:
-        assert length(moved) == pytest.approx(0.5, rel=1e-5)
 
 
 def test_the_loss_returned_is_the_mean_over_micro_batches_and_processes_before_the_update():
