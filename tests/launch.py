@@ -26,7 +26,7 @@ PROGRAM = str(ROOT / "train_gpt2.py")
 FORK = multiprocessing.get_context("forkserver")
 # What the program and this file import; torch imports torch._dynamo when the first optimizer is made.
 FORK.set_forkserver_preload(["torch", "torch.distributed", "torch.nn.parallel", "torch._dynamo", "tiktoken",
-                             "tokenizers", "pytest"])
+                             "tokenizers", "transformers.convert_slow_tokenizer", "pytest"])
 
 # A run of a second: 24 steps of 16 rows, in 4 forwards of 4; 5 checkpoints; 9 evaluations, of 7 batches each.
 TINY = dict(vocab_size=257, block_size=16, n_layer=2, n_head=2, n_embd=16, total_batch_size=256,

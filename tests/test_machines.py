@@ -7,7 +7,6 @@ import contextlib
 import copy
 import functools
 import math
-import os
 import re
 import shutil
 import sys
@@ -101,9 +100,12 @@ def test_a_run_may_change_to_float16_and_back(base, tmp_path):
 
 # ---- torch.compile: few graphs, made once
 
-@pytest.fixture
-def graphs(monkeypatch):
-    """An entry for each graph that torch.compile makes, and for each time that one is run."""
+def too_much():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
+def test_trying_training_and_evaluating_share_their_graphs(monkeypatch, tmp_path):
+    """Two models of one process, each tried with 24, 12, 6 and 3 rows: PyTorch alone would give up after 8 graphs."""
     made, ran = [], []
 
     def backend(graph, inputs):
@@ -112,37 +114,28 @@ def graphs(monkeypatch):
 
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    with torch._dynamo.config.patch(recompile_limit=8):  # PyTorch's own limit, whatever another test has set
-        yield types.SimpleNamespace(made=made, ran=ran)
-    torch._dynamo.reset()
-
-
-def too_much():
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-
-
-def test_trying_training_and_evaluating_share_their_graphs(graphs, tmp_path):
-    """Two models of one process, each tried with 24, 12, 6 and 3 rows: PyTorch alone would give up after 8 graphs."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # whatever another test has set
     write_shards(tmp_path, [random_ids(300).tolist()], "val")
     for layers in (1, 2):
         cfg, world = tiny_config(n_layer=layers, val_tokens=11 * 20, total_batch_size=11 * 24), gpu_world()
         raw_model, world.compiles = tiny_model(n_layer=layers), True
         model = World.compile(world, raw_model)
-        del graphs.made[:]
+        del made[:]
         # too much memory is wanted after the forward pass: each try has made its graph
-        raw_model.transformer.wpe.weight.register_hook(lambda g: too_much() if len(graphs.made) < 4 else None)
+        raw_model.transformer.wpe.weight.register_hook(lambda g: too_much() if len(made) < 4 else None)
         B = fit_micro_batch(model, cfg, world)
-        assert B == 3 and len(graphs.made) == 4
+        assert B == 3 and len(made) == 4
         optimizers = configure_optimizers(raw_model, cfg, CPU)
-        del graphs.ran[:]
+        del ran[:]
         for step in range(3):
             x, y = random_ids(4, B, 11, seed=step), random_ids(4, B, 11, seed=9)
             train_step(model, optimizers, x, y, 1e-3, cfg, world)
             if step == 0:
-                assert len(graphs.made) == 4, "training made a graph that the try has not made"
+                assert len(made) == 4, "training made a graph that the try has not made"
             evaluate_loss(model, Corpus(tmp_path, "val", 11, 37), B, cfg, world)
-        assert len(graphs.made) == 5  # the fifth is that of the evaluation, without gradients
-        assert len(graphs.ran) == 3 * (4 + 7)  # every forward of training and evaluation was compiled
+        assert len(made) == 5  # the fifth is that of the evaluation, without gradients
+        assert len(ran) == 3 * (4 + 7)  # every forward of training and evaluation was compiled
+    torch._dynamo.reset()
 
 
 def test_the_backward_pass_gets_no_gradient_of_the_logits():
@@ -435,15 +428,13 @@ def test_older_pytorch_is_enough(base, tmp_path):
 
 # ---- a slow disk
 
-def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
     """And what is written is the state of its step."""
-    write, free = train_gpt2.write_file, threading.Event()
-    monkeypatch.setattr(train_gpt2, "write_file",
-                        lambda path, do: (path.suffix == ".pt" and free.wait(60), write(path, do)))
-    cfg, w = tiny_config(log_dir=str(tmp_path / "log")), torch.ones(3)
+    cfg, free, w = tiny_config(log_dir=str(tmp_path)), threading.Event(), torch.ones(3)
     with contextlib.closing(Log(cfg, FakeWorld(), 0)) as log:
+        log.thread.submit(free.wait, 60)  # the disk is busy
         log.checkpoint(5, dict(step=5, model=dict(w=w, tied=w)), cfg)
         w += 1
-        assert steps_saved(tmp_path / "log") == []
+        assert steps_saved(tmp_path) == []
         free.set()
-    assert saved(tmp_path / "log", 5)["model"]["w"].tolist() == [1, 1, 1]  # the end of a run has waited for it
+    assert saved(tmp_path, 5)["model"]["w"].tolist() == [1, 1, 1]  # the end of a run has waited for it
