@@ -150,10 +150,11 @@ def test_the_program_prints_one_line_and_ends_with_status_2(here, arguments, say
 
 
 def test_under_several_processes_only_one_says_it(here):
-    """Whether all of them find it out, or only the first one looked."""
-    for changes in (dict(n_head=3), dict(micro_batch_size=16), dict(log_dir="/proc/nowhere/log")):
+    """Whether all of them find it out, here that they are more than the rows, or only the first one looked."""
+    for changes, says in ((dict(total_batch_size=16, micro_batch_size="auto"), "16 is not a multiple of 32.*: use 32"),
+                          (dict(log_dir="/proc/nowhere/log"), "/proc/nowhere")):
         first, second = run_many(2, words(**{"data_dir": "data", **changes}), here, status=2)
-        assert first.err.startswith("train_gpt2.py: ") and first.err.count("\n") == 1
+        assert re.fullmatch(f"train_gpt2.py: .*{says}.*\n", first.err)
         assert second.err == "" and "Traceback" not in first.out + second.out
 
 

@@ -217,13 +217,6 @@ def test_what_auto_chooses_on_a_cpu(rows, size, block_size, B):
     assert train_gpt2.fit_micro_batch(tiny_model(), cfg, FakeWorld(size=size)) == B
 
 
-def test_more_processes_than_rows_is_one_clear_line(tmp_path):
-    write_shards(tmp_path, [np.arange(5000) % 37], "train")
-    cfg, corpus = tiny_config(total_batch_size=11 * 3), Corpus(tmp_path, "train", 11, 37)
-    with pytest.raises(UserError, match="33 is not a multiple of 44.*use 44"):
-        train_gpt2.check_sizes(cfg, dict(vocab_size=37, tokenizer="bytes"), corpus, FakeWorld(size=4))
-
-
 # ---- devices
 
 def test_every_tensor_is_made_on_the_models_device():
