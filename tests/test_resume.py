@@ -108,21 +108,23 @@ def kill_at(count):
 
 
 def test_killed_before_each_operation_on_a_file(base, tmp_path):
-    """Every point at which the state on the disk changes, one after the other, until a run gets through: half a
-    checkpoint in the temporary file, a whole one without its name, named beside the older one, and so on."""
-    settings = dict(max_steps=6, checkpoint_every=3, keep_checkpoints=1)
-    run(command(base, "whole", **settings), tmp_path)
+    """Every point at which a resumed run changes the state on the disk, one after the other, until it gets through:
+    half a checkpoint in the temporary file, a whole one without its name, named beside the older one, and so on."""
+    settings, newest = dict(max_steps=6, checkpoint_every=2), 0
+    run(command(base, "whole", keep_checkpoints=3, **settings), tmp_path)
+    again = command(base, "log", "--resume", keep_checkpoints=1, **settings)
     for count in range(1, 50):
-        folder = tmp_path / str(count)
-        folder.mkdir()
-        status = start(command(base, "log", **settings), folder, partial(kill_at, count)).wait()
+        log = shutil.copytree(tmp_path / "whole", tmp_path / str(count) / "log")
+        for step in (4, 6):
+            (log / f"ckpt_{step:08d}.pt").unlink()
+        status = start(again, log.parent, partial(kill_at, count)).wait()
+        assert max(steps_saved(log)) >= newest
+        newest = max(steps_saved(log))
         if status == 0:
             break
-        assert status == -9
-        run(command(base, "log", "--resume", **settings), folder)
-        assert_same_run(folder / "log", tmp_path / "whole", 6)
-        assert steps_saved(folder / "log") in ([6], [3, 6])  # 3 stays if the last unlink was not to be
-    assert 12 < count < 49
+        assert status == -9 and f"steps: {newest} to 6" in run(again, log.parent).out
+        assert_same_run(log, tmp_path / "whole", 6)
+    assert 12 < count < 49 and steps_saved(log) == [6]
 
 
 TWO = "--standalone", "--nproc_per_node=2"
