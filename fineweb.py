@@ -388,11 +388,14 @@ def write_file(path, write):
     """Makes a file with `write(file)`: after kill -9 there is the old one, or the new one with all its bytes."""
     temporary = Path(f"{path}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())     # down to the disk, before the name says that it is there
-    os.replace(temporary, path)     # happens at once, or does not happen
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())     # down to the disk, before the name says that it is there
+        os.replace(temporary, path)     # happens at once, or does not happen
+    finally:
+        temporary.unlink(missing_ok=True)       # half a checkpoint would fill the disk for good
 
 
 def write_json(path, content):
