@@ -1,6 +1,6 @@
 """The picture of a log: what is read, what is drawn, where GPT-2's lines belong, and how the script fails."""
 import json
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -60,10 +60,10 @@ def test_the_last_value_of_a_step_counts_and_half_a_line_does_not(tmp_path):
     text = ("0 val 10.9522\n0 train 10.955009\n1 train 10.85\n2 train 9.5\n"
             "1 train 8.25\n1 val 7e-05\r\n"            # resumed from step 1; and Windows has been here
             "2 train 1.2.3\n2 train\nhello there you\n-3 train 4\n3 train 5 6\n\n"
-            "4 lr 6.0e-4\n5 norm inf\n6 tok/s 1.2e+06\n7 tok/s 3812345.6\n8 train 3.4")  # killed while it wrote
+            "3 lr -0.5\n4 lr 6.0e-4\n5 norm inf\n6 tok/s 1.2e+06\n7 tok/s 3812345.6\n8 train 3.4")  # killed here
     values, config = read_log(write_log(tmp_path, text))
     assert config == {} and values == {
-        "val": {0: 10.9522, 1: 7e-5}, "train": {0: 10.955009, 1: 8.25, 2: 9.5}, "lr": {4: 6e-4},
+        "val": {0: 10.9522, 1: 7e-5}, "train": {0: 10.955009, 1: 8.25, 2: 9.5}, "lr": {3: -0.5, 4: 6e-4},
         "norm": {5: float("inf")}, "tok/s": {6: 1.2e6, 7: 3812345.6}}
     assert read_log(tmp_path / "log.txt") == (values, config)         # the file serves as well as its folder
 
@@ -135,23 +135,25 @@ def test_the_lines_are_the_figures_of_the_readme():
 
 # ---- the script
 
-def test_the_script_draws_without_a_screen_and_fails_in_one_line(tmp_path):
-    """In a process of its own, in which pyplot would choose a window."""
+def test_the_script_draws_without_a_screen_and_fails_in_one_line(tmp_path, monkeypatch, capsys):
+    """So without pyplot, which may look for one."""
     from matplotlib.image import imread
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     write_log(tmp_path / "log", uneven_log())
 
-    def run(*words):
-        return subprocess.run(
-            [sys.executable, str(ROOT / "lessons/plot_log.py"), *words], cwd=tmp_path, capture_output=True, text=True,
-            env={"PATH": "/usr/bin:/bin", "MPLBACKEND": "TkAgg", "MPLCONFIGDIR": str(tmp_path / "mpl")})
+    def run(word):
+        monkeypatch.setattr(sys, "argv", ["plot_log.py", word])
+        runpy.run_path(str(ROOT / "lessons/plot_log.py"), run_name="__main__")
+        return capsys.readouterr()
 
-    done = run("log/log.txt")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "wrote log/log.png\n", "")
+    assert run("log/log.txt") == ("wrote log/log.png\n", "")
     assert {file.name for file in (tmp_path / "log").iterdir()} == {"log.txt", "log.png"}
-    assert imread(tmp_path / "log/log.png").shape[1] == 1600
-    done = run("nowhere")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("plot_log.py: nowhere: no log.txt") and done.stderr.count("\n") == 1
+    assert imread("log/log.png").shape[1] == 1600
+    with pytest.raises(SystemExit, match="2"):
+        run("nowhere")
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("plot_log.py: nowhere: no log.txt") and said.err.count("\n") == 1
 
 
 def test_several_logs_and_a_place_for_the_picture(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ def hf_model(noise=0.2):
     from transformers import GPT2Config, GPT2LMHeadModel
     torch.manual_seed(0)
     shape = {"n_positions" if key == "block_size" else key: value for key, value in TINY.items()}
-    return shake(GPT2LMHeadModel(GPT2Config(bos_token_id=36, eos_token_id=36, **shape)).eval(), noise)
+    return shake(GPT2LMHeadModel(GPT2Config(bos_token_id=1, eos_token_id=35, **shape)).eval(), noise)
 
 
 def gap(a, b):
@@ -60,7 +60,7 @@ def test_imported_logits_equal_theirs(noise, tolerance, tmp_path):
     theirs = hf_model(noise)
     theirs.save_pretrained(tmp_path)
     model, idx = GPT.from_pretrained(str(tmp_path)), random_ids(3, 11)
-    assert model.config == GPTConfig(**TINY) and model.n_vocab == 37
+    assert model.config == GPTConfig(**TINY) and (model.n_vocab, model.eot) == (37, 35)
     assert model.lm_head.weight is model.transformer.wte.weight
     with torch.no_grad():
         assert gap(model(idx)[0], theirs(idx).logits) < tolerance
