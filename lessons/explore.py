@@ -34,13 +34,15 @@ MAP = [
      "The text is cut into pieces that the tokenizer knows, and each becomes its number in the vocabulary, its id.",
      fineweb.tokenize, ""),
     ("Embedding", "T ids → (T, {C})", "w",
-     "Each id is looked up as {C} numbers that say what it means; {C} more are added that say where it stands.",
+     "Each id is looked up as {C} numbers, its embedding, that say what it means; {C} more are added that say where "
+     "it stands.",
      train_gpt2.GPT.hidden, "transformer.wte("),
     ("Attention, in each of {L} layers", "(T, {C}) → {nh} heads × (T, T) → (T, {C})", "h.0.attn",
      "Each token asks a question, compares it with what it and the tokens before it offer, and takes a weighted "
      "average of their answers.", train_gpt2.CausalSelfAttention, ""),
-    ("MLP, after each attention", "(T, {C}) → (T, {wide}) → (T, {C})", "h.0.mlp",
-     "Each token is worked on alone: its numbers become four times as many, pass a nonlinearity (GELU), shrink back.",
+    ("MLP (multilayer perceptron), after each attention", "(T, {C}) → (T, {wide}) → (T, {C})", "h.0.mlp",
+     "Each token is worked on alone: its numbers become four times as many, pass GELU, which mutes the negative ones, "
+     "and shrink back.",
      train_gpt2.MLP, ""),
     ("The two together: a layer", "(T, {C}) → (T, {C})", "h.0.ln",
      "Attention and MLP read the stream through a LayerNorm, which brings it to a standard size.",
@@ -55,7 +57,8 @@ MAP = [
      "Training compares each guess with the token that really came next, and moves all learned numbers a little, many "
      "times, to make the surprise smaller.", train_gpt2.GPT.forward, "cross_entropy("),
     ("Sampling", "({V}) → 1 id", None,
-     "Scores become probabilities (softmax), one id is drawn and appended, and everything runs once more.",
+     "Scores become probabilities (softmax: all positive, sum 1), one id is drawn and appended, and everything runs "
+     "once more.",
      train_gpt2.GPT.generate, ""),
 ]
 

@@ -269,9 +269,13 @@ def test_typing_drawing_and_switching(made):
         await until(() => page.location.hash.includes("items"));
         await changed(() => page.dispatchEvent(new page.Event("hashchange")));       // nothing of it is lost
         const here = +$("#tokens .here").dataset.t;
+        $("#temperature").dispatchEvent(new page.Event("input"));                    // it leaves top-k at 50
         const bars = $$(".bar").map(bar => [+bar.dataset.id, +bar.dataset.p]);
         await changed(() => $("#switches [data-part='1.2']").click());
         const off = [+$(".bar").dataset.id, $$("#compare th").map(node => node.textContent)];
+        await changed(() => $("#all-on").click());
+        off.push($$("#compare th")[1].textContent);
+        await changed(() => $("#switches [data-part='1.2']").click());
         await changed(() => $(".bar").click());
         const tokens = shown();
         $("#write").click();
@@ -287,8 +291,9 @@ def test_typing_drawing_and_switching(made):
     close([p for _, p in bars], kept.values.softmax(-1)[:20], 1e-4)
     losses = [torch.nn.functional.cross_entropy(rows[:-1], torch.tensor(ids[1:])) / math.log(2)
               for rows in (logits, switched)]
-    best = int(switched[-1].argmax())
-    assert off == [best, [f"all on\n{losses[0]:.2f} bits", f"now\n{losses[1]:.2f} bits"]]
+    best, told = int(switched[-1].argmax()), [f"{loss:.2f}" for loss in losses]
+    more = f"{float(told[1]) - float(told[0]):+.2f}"
+    assert off == [best, [f"all on\n{told[0]} bits", f"now\n{told[1]} bits ({more})"], f"now\n{told[0]} bits"]
     assert tokens == written[0] == ids + [best] and (written[1], stopped) == ("Stop", "Write")
 
 
