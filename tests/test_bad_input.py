@@ -73,8 +73,8 @@ CASES = {
     "another version": ({"text_train_000002.bin": bin_shard(version=2)}, {}, "_train_000002.bin is damaged .*header"),
     "cut short": ({"text_train_000002.bin": bin_shard(length=2001)}, {}, "_train_000002.bin is damaged .*header"),
     "an id too large": ({SHARD: FOREIGN}, {}, f"{SHARD} holds the id 300, but --vocab_size is 257"),
-    "less than a step": ({SHARD: None, TRAIN[0]: ZEROS[:200]}, {},
-                         "has 200 train tokens, less than a step of 256: .*--total_batch_size 192"),
+    "less than a step": ({SHARD: None, TRAIN[0]: ZEROS[:192]}, {},  # 11 rows and the last one's targets
+                         "has 192 train tokens, less than a step of 256: .*--total_batch_size 128"),
     "less than a micro-batch": ({SHARD: None, TRAIN[0]: ZEROS[:60]}, {},
                                 "has 60 train tokens, less than a step of 256: use more text, or a smaller --block"),
     "less val text than a row": ({VAL: ZEROS[:16]}, {}, "the val split of .* is shorter than --block_size 16"),
@@ -94,6 +94,7 @@ CASES = {
     "a shortened flag": ({}, dict(data="x"), "unrecognized arguments: --data=x"),
     "an unknown preset": ({}, dict(preset="gpt3"), "--preset: invalid choice: 'gpt3'"),
     "an unknown setting": ({"c.json": meta(learning_rate=1)}, dict(config="data/c.json"), "unknown .*: learning_rate"),
+    "a fraction in a file": ({"c.json": meta(seed=1.5)}, dict(config="data/c.json"), "--seed 1.5: must be int"),
     "a configuration of another kind": ({}, dict(config=f"data/{VAL}"), f"{VAL} can't be read as JSON"),
     "a log folder that is a file": ({}, dict(log_dir="data/meta.json"), "data/meta.json"),
     "a log folder where none can be": ({}, dict(log_dir="/proc/nowhere/log"), "/proc/nowhere"),

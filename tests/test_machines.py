@@ -104,6 +104,7 @@ def too_much():
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
 
+@torch._dynamo.config.patch(recompile_limit=8)  # PyTorch's own limit, whatever another test has set
 def test_trying_training_and_evaluating_share_their_graphs(monkeypatch, tmp_path):
     """Two models of one process, each tried with 24, 12, 6 and 3 rows: PyTorch alone would give up after 8 graphs."""
     made, ran = [], []
@@ -114,7 +115,6 @@ def test_trying_training_and_evaluating_share_their_graphs(monkeypatch, tmp_path
 
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # whatever another test has set
     write_shards(tmp_path, [random_ids(300).tolist()], "val")
     for layers in (1, 2):
         cfg, world = tiny_config(n_layer=layers, val_tokens=11 * 20, total_batch_size=11 * 24), gpu_world()
