@@ -12,7 +12,7 @@ import torch
 
 import fineweb
 import train_gpt2
-from helpers import FakeWorld, random_ids, tiny_config, tiny_model, write_shards
+from helpers import TINY, FakeWorld, random_ids, tiny_config, tiny_model, write_shards
 from launch import log_values
 from train_gpt2 import GPT, Corpus, GPTConfig, TrainConfig, UserError, main, parse_config
 
@@ -227,9 +227,14 @@ def test_a_vocabulary_is_padded_to_a_multiple_of_128(n_vocab, rows):
 # ---- devices
 
 def test_every_tensor_is_made_on_the_models_device():
-    """The meta device stands for a GPU: what is made without naming a device would be on the CPU, and refused."""
+    """The meta device stands for a GPU: what is made elsewhere is refused. Only its embeddings have to be watched."""
+    def check(module, inputs):
+        assert inputs[0].device == module.weight.device
+
     with torch.device("meta"):
-        model, idx = GPT(GPTConfig(**asdict(tiny_model().config))), torch.zeros(2, 5, dtype=torch.long)
+        model, idx = GPT(GPTConfig(**TINY)), torch.zeros(2, 5, dtype=torch.long)
+    model.transformer.wte.register_forward_pre_hook(check)
+    model.transformer.wpe.register_forward_pre_hook(check)
     model(idx, idx)[1].backward()
-    with pytest.raises(RuntimeError, match="device"):  # the check itself can fail
+    with pytest.raises(RuntimeError, match="device"):  # the device itself refuses a mix
         idx + torch.zeros(2, 5, dtype=torch.long)
