@@ -38,7 +38,6 @@ appendix B, called "GPT-3" below. build-nanogpt is Karpathy's reproduction (2024
 import argparse
 import contextlib
 import functools
-import inspect
 import io
 import json
 import math
@@ -1357,7 +1356,7 @@ def make_parser(action):
     # Without abbreviations, or --max would be max_steps until a second field begins so. With SUPPRESS, what was not
     # given is absent, so that it can be told from what was given its default.
     parser = fineweb.Parser(prog=f"train_gpt2.py {action}", allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    source = inspect.getsource(GPTConfig) + inspect.getsource(TrainConfig)
+    source = Path(__file__).read_text(encoding="utf-8")
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
     for field in fields(TrainConfig):
         options = dict(nargs="?", const="1") if field.type is bool else {}
