@@ -10,7 +10,9 @@ import re
 import pytest
 import torch
 
+from helpers import tiny_config
 from launch import command, farthest, flat, log_values, run, run_many, saved
+from train_gpt2 import UserError, World
 
 
 def in_float64():
@@ -92,3 +94,11 @@ def test_one_process_prints_and_writes(base, tmp_path):
     assert first.out.count("sample | A") == 4  # two before the first step, two after the last
     assert first.out.count("step     3 | loss") == 1
     assert re.findall("wrote (.*[.]pt)", first.out) == ["ckpt_00000005.pt", "ckpt_00000010.pt"]
+
+
+def test_what_process_0_does_alone_stops_all_if_it_fails(monkeypatch):
+    world = World(tiny_config(device="cpu"))
+    world.rank = 1
+    monkeypatch.setattr(world, "any", lambda flag: True)  # process 0 has met wrong input
+    with pytest.raises(UserError, match="process 0 has said why"):
+        world.first(lambda: pytest.fail("this is for process 0"))
