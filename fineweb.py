@@ -100,7 +100,10 @@ def builtin_documents():
     skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "pydoc_data"}
     for path in sorted(library.rglob("*.py")):
         if skipped.isdisjoint(path.relative_to(library).parts):
-            nodes = ast.walk(ast.parse(path.read_bytes()))
+            try:
+                nodes = ast.walk(ast.parse(path.read_bytes()))
+            except (SyntaxError, ValueError):       # some Pythons ship files that don't parse
+                continue
             owners = (node for node in nodes if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)))
             texts = [text for text in dict.fromkeys(map(ast.get_docstring, owners)) if text not in seen]
             seen.update(texts)
@@ -538,6 +541,7 @@ def make_shards(args, settings, files):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")        # a console may lack the letters of a name
     try:
         main()
     except (UserError, OSError, KeyboardInterrupt) as error:

@@ -2,7 +2,7 @@
 GPT-2 (124M), reproduced: the model and its training in one file that is meant to be read.
 
     python train_gpt2.py --preset laptop     no GPU, no data, no network: trains in two minutes on two CPU cores
-    python train_gpt2.py                     the full run: 124M on FineWeb-Edu, from shards made by fineweb.py
+    python train_gpt2.py                     the paper run: 124M on FineWeb-Edu, from shards made by fineweb.py
     torchrun --standalone --nproc_per_node=8 train_gpt2.py       the same text in the same order, on 8 GPUs
     python train_gpt2.py --resume            continue the run in --log_dir
     python train_gpt2.py eval   --init gpt2  val loss and HellaSwag of OpenAI's weights, or of a checkpoint
@@ -50,7 +50,7 @@ import time
 import traceback
 import typing
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -516,7 +516,7 @@ class TrainConfig(GPTConfig):
     warmup_steps: int = 715  # steps: GPT-3 warms up over 375M tokens, / 524,288
     # optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: orthogonal updates for the matrices inside blocks
-    weight_decay: float = 0.1  # on matrices only, never on biases and gains
+    weight_decay: float = 0.1  # on matrices only, never on biases and LayerNorms
     grad_clip: float = 1.0     # largest norm of the gradient of all parameters; 0: no limit
     # evaluation; "every" is in steps, 0 means never, and what is on is also done after the last step
     val_every: int = 250       # steps between measurements of the val loss
@@ -553,7 +553,7 @@ PRESETS = {
 
 
 # ------------------------------------------------------------------------------------------------ 6. one step
-# What half a million tokens leave behind for the backward pass doesn't fit into a GPU. So a step is cut twice: over the
+# What half a million tokens store for the backward pass doesn't fit into a GPU. So a step is cut twice: over the
 # W processes, and over time, into A micro-batches whose gradients add up. Neither cut may change the result: one
 # process with A = 32, or eight with A = 4, make the same update from the same text, up to rounding. `world` is this
 # process among all of them (section 9).
@@ -850,14 +850,14 @@ def fit_micro_batch(model, cfg, world):
 
     def fits(B):
         try:
-            # Adam's two moments, which don't exist yet, and a gigabyte (of 4 bytes each) for what else comes and goes.
+            # Adam's two moments, which don't exist yet, and 2^28 numbers, a gigabyte, for what else comes and goes.
             spare = torch.empty(2 * sum(p.numel() for p in model.parameters()) + 2**28, device=world.device)
             x = torch.zeros(B, cfg.block_size, dtype=torch.long, device=world.device)  # (B, T)
             with world.no_sync(model):  # no process may wait for one that has failed
                 with world.autocast():
                     loss = model(x, x.clone())[1]  # two tensors: compiled code would note that they are the same
                 loss.backward()
-            return spare is not None
+            return True
         except RuntimeError as error:  # PyTorch, cuBLAS, Triton and the driver each say it in their own way
             if not re.search("out of memory|ALLOC_FAILED", str(error)):
                 raise
@@ -901,8 +901,8 @@ def catch_signals():
 
 # -------------------------------------------------------------------------------------- 10. log and checkpoints
 # The promise: killed at any moment and resumed, a run ends with the same weights and the same log but for tok/s, to
-# the last bit on a CPU. All that a step needs is the state before it and its number. So that needs files that are
-# never half written, and a log that drops what came after the checkpoint.
+# the last bit on a CPU. A step needs nothing but the state before it and its number. So it takes files that are never
+# half written, and a log that drops what came after the checkpoint.
 
 class Log:
     """What a run writes into log_dir: log.txt, a line `step stream value` per number; config.json; checkpoints.
@@ -1013,7 +1013,8 @@ def find_checkpoint(source):
             found = dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
             with torch.device("meta"):  # do the weights have the names and shapes of the model? It takes no memory
                 GPT(model_config(found["config"])).load_state_dict({**found["model"]}, assign=True)
-            [found[key] for key in ("step", "data", "tokenizer", "optimizers", "scaler")]  # KeyError if one is missing
+            if missing := {"step", "data", "tokenizer", "optimizers", "scaler"} - found.keys():
+                raise KeyError(missing)
             return found
         except Exception as error:  # damaged files fail in a dozen ways
             bad = f"{file} is damaged, or written by another version of this program ({type(error).__name__})"
@@ -1227,15 +1228,20 @@ PEAK_FLOPS = {"H200 NVL": 835e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL
               "T4": 65e12}
 
 
+def peak_flops(gpu):
+    """The peak of a GPU by its name, or None."""
+    # Laptop, Ti, SUPER and D variants of a listed GPU have other peaks, and so has a part of one (MIG).
+    return next((peak for name, peak in PEAK_FLOPS.items()
+                 if re.search(rf"\b{name}\b(?! (Ti|SUPER|D|Laptop))(?!.*MIG)", gpu)), None)
+
+
 def describe_step(step, loss, lr, norm, seconds, model, cfg, world):
     """The console's line for a step. Its MFU, "model FLOPs utilization", is the share of the GPU's arithmetic that is
     used by the 6N + 12LCT operations per token of N parameters in L layers (PaLM, appendix B)."""
     # The median of the last steps: the first one, in which the model is compiled, would spoil a mean.
     left = int((cfg.max_steps - step - 1) * statistics.median(seconds[-21:]))
     tok_s, mfu = cfg.total_batch_size / seconds[-1], ""
-    # Laptop, Ti, SUPER and D variants of a listed GPU have other peaks, and so has a part of one (MIG).
-    if peak := next((peak for gpu, peak in PEAK_FLOPS.items()
-                     if re.search(rf"\b{gpu}\b(?! (Ti|SUPER|D|Laptop))(?!.*MIG)", world.gpu)), None):
+    if peak := peak_flops(world.gpu):
         n = model.num_params() - cfg.block_size * cfg.n_embd  # looking up a position is not a product
         mfu = f" | MFU {(6 * n + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size) * tok_s / world.size / peak:.1%}"
     return (f"step {step:5d} | loss {loss:.6f} | lr {lr:.4e} | norm {norm:.4f} | {seconds[-1] * 1000:.1f} ms | "

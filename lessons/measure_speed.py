@@ -38,7 +38,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "lessons")]
 
 import fineweb    # noqa: E402  (found through the line above)
 import train_gpt2  # noqa: E402
-from plot_log import read_log  # noqa: E402
 
 
 def in_turn(ways, rounds):
@@ -265,8 +264,7 @@ def peak_of(stepper, device):
 def peak_flops(device):
     """Operations a second that a GPU's maker promises in 16 bits, or that matrix products reach on this CPU."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        return next((flops for gpu, flops in train_gpt2.PEAK_FLOPS.items() if gpu in name), float("nan"))
+        return train_gpt2.peak_flops(torch.cuda.get_device_name(device)) or float("nan")
     dtype = train_gpt2.pick_dtype("auto", device)
     a, b = torch.randn(1024, 768, dtype=dtype), torch.randn(768, 3072, dtype=dtype)
     seconds = in_turn({"mm": lambda: [a @ b for _ in range(10)]}, 5)
