@@ -31,7 +31,6 @@ import os
 import re
 import sys
 import time
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,16 +38,12 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from fineweb import Parser, UserError, load_tokenizer, write_file
+from fineweb import Parser, UserError, insist, load_tokenizer, one_line, write_file
 
 HUB = ("Rowan/hellaswag", "data/validation-00000-of-00001.parquet")  # the author's copy on the Hugging Face hub
 SHA256 = "148f8efb84d40214a08c6a1dd0702f980d326148811411b4b5316e397b9b2fc6"         # its content_sha256
 DEFAULT = Path("data", "hellaswag", "hellaswag_val.jsonl")                          # where we keep it
-RULES = {  # what can be meant by "the likeliest ending"
-    "acc": "the sum of log p",
-    "acc_norm": "its mean per token, as in build-nanogpt",
-    "acc_norm_chars": "its mean per character, the harness's acc_norm",
-}
+RULES = ("acc", "acc_norm", "acc_norm_chars")
 
 
 # ---------------------------------------------------------------------------------------------------- 1 the plain way
@@ -239,14 +234,17 @@ def log_p(model, rows):
     return -torch.cat(losses)                                                       # (targets,)
 
 
-def score(model, examples, tokenizer=None, *, dtype=None, max_tokens=None, harness=False, progress=False):
-    """Questions -> the sum of log p (nats) of each ending, and its number of tokens: float64 (n, 4), (n, 4). Arguments
-    as in evaluate. Results stay on the device to the end: reading after each batch would make a GPU wait for Python."""
+def score(model, examples, tokenizer=None, *, harness=False, dtype=None, max_tokens=None, progress=False):
+    """Questions -> the sum of log p (nats) of each ending, and its number of tokens: float64 (n, 4), (n, 4).
+
+    model: our GPT, uncompiled (raw_model in train_gpt2.py), on its device. tokenizer: by default GPT-2's.
+    dtype: torch.bfloat16 or torch.float16 computes in autocast. max_tokens: of one forward pass, filling included.
+    """
     from tqdm import tqdm
     tokenizer = tokenizer or load_tokenizer("gpt2")
-    if tokenizer.n_vocab > model.n_vocab:  # a GPU would only say "device-side assert"
-        raise UserError(f"the tokenizer has {tokenizer.n_vocab} ids, the model knows {model.n_vocab}: use the "
-                        "tokenizer that the model was trained with")
+    # Asked here, because a GPU would only say "device-side assert".
+    insist(tokenizer.n_vocab <= model.n_vocab, f"the tokenizer has {tokenizer.n_vocab} ids, the model knows "
+           f"{model.n_vocab}: use the tokenizer that the model was trained with")
     device = next(model.parameters()).device
     max_tokens = max_tokens or (256 if device.type == "cpu" else 16384)  # more is slower on a CPU
     rows = [row for i, example in enumerate(examples)
@@ -261,7 +259,7 @@ def score(model, examples, tokenizer=None, *, dtype=None, max_tokens=None, harne
         start = 0
         while start < len(rows):
             batch = rows[start:start + max(1, max_tokens // len(rows[start].tokens))]
-            found.append(log_p(model, batch))
+            found.append(log_p(model, batch))  # left on the device: to read it would make a GPU wait for Python
             start += len(batch)
             bar.update(len(batch))
     slot = torch.tensor([s for row in rows for s in row.slot], dtype=torch.long)    # (targets,)
@@ -289,28 +287,23 @@ def evaluating(model):
 # 124M's 0.2955 on all 10,042 questions, 0.046 on a hundred. A hundred show that everything runs, but they can't tell
 # this model from guessing. Two runs that differ by 0.005 may be equally good.
 
-def evaluate(model, examples, tokenizer=None, *, rank=0, world_size=1, all_reduce=None, dtype=None,
-             max_tokens=None, harness=False, progress=False):
+def evaluate(model, examples, tokenizer=None, *, rank=0, world_size=1, all_reduce=None, harness=False, **how):
     """The three accuracies of a model, over all processes and the same on each, as a dict: acc, acc_norm and
     acc_norm_chars, each with its ..._stderr (the standard error of a mean of n), n, and examples_per_second.
 
-    model: our GPT, uncompiled (raw_model in train_gpt2.py), on its device. tokenizer: by default GPT-2's.
     rank, world_size: this process scores examples rank, rank + world_size, ..., which may be none.
-    all_reduce: adds up a tensor over the processes, in place or returned; all of them have to call.
-    dtype: torch.bfloat16 or torch.float16 computes in autocast. max_tokens: of one forward pass, filling included.
+    all_reduce: returns the sum of a tensor over the processes, all of which have to call. The rest is as in score.
     """
     start = time.perf_counter()
-    if not (examples := list(examples)):
-        raise UserError("there are no HellaSwag questions to score")
+    examples = list(examples)
+    insist(examples, "there are no HellaSwag questions to score")
     mine = examples[rank::world_size]
-    total, count = score(model, mine, tokenizer, dtype=dtype, max_tokens=max_tokens, harness=harness, progress=progress)
+    total, count = score(model, mine, tokenizer, harness=harness, **how)
     label = torch.tensor([example["label"] for example in mine], dtype=torch.long)  # (n,)
     right = [(pick == label).sum().item() for pick in picks(total, count, mine, harness)]
     # Processes differ in their number of questions, so they add up counts: whole numbers, which float32 holds exactly.
     sums = torch.tensor([*right, len(mine)], dtype=torch.float32, device=next(model.parameters()).device)  # (4,)
-    if all_reduce is not None and (returned := all_reduce(sums)) is not None:
-        sums = returned
-    *right, n = sums.tolist()
+    *right, n = (all_reduce(sums) if all_reduce else sums).tolist()
     results = {"n": int(n), "examples_per_second": n / (time.perf_counter() - start)}
     for rule, r in zip(RULES, right):
         results[rule] = r / n
@@ -324,6 +317,11 @@ def picks(total, count, examples, harness=False):
     chars = [[len(ending) for ending in question(example, harness)[1]] for example in examples]
     chars = torch.tensor(chars, dtype=torch.float64).view(-1, 4)                    # (n, 4)
     return [(total / unit).argmax(dim=1) for unit in (torch.ones_like(count), count, chars)]
+
+
+def describe(results):
+    """What evaluate found -> the three accuracies in one line: acc 0.2859 +- 0.0045, acc_norm ..."""
+    return ", ".join(f"{rule} {results[rule]:.4f} +- {results[rule + '_stderr']:.4f}" for rule in RULES)
 
 
 # --------------------------------------------------------------------------------------------------------- 6 the file
@@ -342,8 +340,8 @@ def iterate_examples(split="val", path=None):
             except (ValueError, KeyError, TypeError):  # no JSON, perhaps no UTF-8, or not a record of a question
                 raise UserError(f"{file}, line {number}: not a question. It takes ctx, ctx_a, ctx_b and "
                                 "activity_label as text, four endings, and a label from 0 to 3") from None
-    if file == DEFAULT and content_sha256(records) != SHA256:
-        raise UserError(f"{file} doesn't hold the 10,042 published questions: delete it, and it is fetched again")
+    insist(file != DEFAULT or content_sha256(records) == SHA256,
+           f"{file} doesn't hold the 10,042 published questions: delete it, and it is fetched again")
     yield from records
 
 
@@ -366,8 +364,7 @@ def find_data(path=None):
     data/hellaswag/hellaswag_val.jsonl, which is fetched the first time. UserError if it can't be had."""
     if named := path or os.environ.get("HELLASWAG_DIR"):
         file = Path(named, DEFAULT.name) if Path(named).is_dir() else Path(named)
-        if not file.is_file():
-            raise UserError(f"{'--data' if path else 'HELLASWAG_DIR'} says {named}: there is no file {file}")
+        insist(file.is_file(), f"{'--data' if path else 'HELLASWAG_DIR'} says {named}: there is no file {file}")
         return file
     if not DEFAULT.is_file():
         download(DEFAULT)
@@ -383,12 +380,10 @@ def download(file):
         HfApi().dataset_info(HUB[0], timeout=10)
         table = pyarrow.parquet.read_table(hf_hub_download(*HUB, repo_type="dataset"))
         records = [checked(record) for record in table.to_pylist()]
-        if content_sha256(records) != SHA256:
-            raise ValueError("what it has are other questions")
+        insist(content_sha256(records) == SHA256, "what it has are other questions")
     except Exception as error:  # no network, no such data set, a broken file: a dozen classes of error
-        reason = " ".join(str(error).split())[:150] or type(error).__name__
-        raise UserError(f"HellaSwag can't be fetched from the Hugging Face hub ({reason}): bring {file} from a machine "
-                        "that has it, or name it in HELLASWAG_DIR, or train with --hellaswag_every 0") from error
+        raise UserError(f"HellaSwag can't be fetched from the Hugging Face hub ({one_line(error)}): bring {file} from "
+                        "a machine that has it, name it in HELLASWAG_DIR, or train with --hellaswag_every 0") from error
     write_file(file, lambda out: out.writelines(json.dumps(record).encode() + b"\n" for record in records))
 
 
@@ -405,7 +400,9 @@ def show(examples, total, count, harness=False):
 
 
 def parse_args(argv):
-    add = (parser := Parser("hellaswag.py", description="Scores a GPT-2 on HellaSwag.")).add_argument
+    parser = Parser("hellaswag.py", description="Scores a GPT-2 on HellaSwag, by log p of the endings: acc takes the "
+                    "highest sum, acc_norm the highest mean per token, acc_norm_chars per character.")
+    add = parser.add_argument
     add("--model", required=True, help="gpt2 (-medium, -large, -xl), a checkpoint, a log or Hugging Face folder")
     add("--data", help="hellaswag_val.jsonl or its folder; default HELLASWAG_DIR, else it's downloaded")
     add("--limit", type=int, help="score the first so many questions only")
@@ -415,8 +412,8 @@ def parse_args(argv):
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="of activations")
     add("--max_tokens", type=int, help="tokens of a forward pass, by default 256 on a CPU, else 16384")
     args = parser.parse_args(argv)
-    if min(n for n in (args.limit, args.show + 1, args.max_tokens) if n is not None) < 1:
-        raise UserError("--limit and --max_tokens must be at least 1, --show at least 0")
+    insist(all(n is None or n > 0 for n in (args.limit, args.max_tokens)) and args.show >= 0,
+           "--limit and --max_tokens must be at least 1, --show at least 0")
     return args
 
 
@@ -424,20 +421,19 @@ def main(argv=None):
     """Scores the model that the flags name, prints and returns what evaluate found. Raises UserError."""
     args = parse_args(argv)
     # The questions first: a fault in the file should show before a large model is loaded.
-    examples = list(islice(iterate_examples(path=args.data), args.limit))
+    examples = list(iterate_examples(path=args.data))[:args.limit]
     from train_gpt2 import load_model, pick_device, pick_dtype
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     model, tokenizer = load_model(args.model)
     model = model.to(device)
-    options = dict(dtype=dtype, max_tokens=args.max_tokens, harness=args.harness)
+    how = dict(dtype=dtype, max_tokens=args.max_tokens, harness=args.harness)
     if some := examples[:args.show]:
-        show(some, *score(model, some, tokenizer, **options), args.harness)
-    results = evaluate(model, examples, tokenizer, progress=True, **options)
+        show(some, *score(model, some, tokenizer, **how), args.harness)
+    results = evaluate(model, examples, tokenizer, progress=True, **how)
     print(f"HellaSwag val, {results['n']:,} questions{', by the rules of the harness' * args.harness}: "
-          f"{args.model}, {str(dtype)[6:]} on {device}, {results['examples_per_second']:.1f} examples/s")
-    for rule, meaning in RULES.items():
-        print(f"  {rule:14s}  {results[rule]:.4f} +- {results[rule + '_stderr']:.4f}   by {meaning}")
+          f"{args.model}, {str(dtype)[6:]} on {device}, {results['examples_per_second']:.1f} examples/s\n"
+          f"  {describe(results)}")
     return results
 
 

@@ -44,17 +44,14 @@ import math
 import os
 import re
 import signal
-import statistics
 import sys
 import time
-import traceback
 import typing
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -276,8 +273,7 @@ class GPT(nn.Module):
         except Exception as error:  # no such file, a damaged one, a wrong shape: each library has its own class
             raise UserError(f"{folder} holds neither a checkpoint (ckpt_*.pt) nor a GPT-2 in Hugging Face's layout "
                             f"with safetensors ({fineweb.one_line(error)})") from error
-        if wrong:
-            raise UserError(f"{folder} is not a GPT-2 as OpenAI released it: {', '.join(wrong[:3])}")
+        insist(not wrong, f"{folder} is not a GPT-2 as OpenAI released it: {', '.join(wrong[:3])}")
         model = cls(GPTConfig(block_size=c.n_positions, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head,
                               n_embd=c.n_embd))
         stored = dict(hf.named_parameters())
@@ -343,8 +339,7 @@ class Corpus:
         counts = [max(0, len(ids) - 1) // block_size for ids in self.shards]
         self.first = np.cumsum([0, *counts])  # number of the first window of each shard
         self.n_windows = int(self.first[-1])
-        if self.n_windows == 0:
-            raise UserError(f"the {split} split of {data_dir} is shorter than --block_size {block_size}: use more text")
+        insist(self.n_windows, f"the {split} split of {data_dir} is shorter than --block_size {block_size}: add text")
         for number, count in zip(self.first, counts):  # a wrong vocabulary mostly shows here, not after an hour
             self.windows(range(number, number + min(count, 16)))
 
@@ -356,9 +351,8 @@ class Corpus:
             shard = np.searchsorted(self.first, number, side="right") - 1
             start = (number - self.first[shard]) * T
             row[:] = self.shards[shard][start:start + T + 1]
-            if row.max() >= self.vocab_size:
-                raise UserError(f"{self.files[shard]} holds the id {row.max()}, but --vocab_size is "
-                                f"{self.vocab_size}: it was made with another tokenizer")
+            insist(row.max() < self.vocab_size, f"{self.files[shard]} holds the id {row.max()}, but --vocab_size is "
+                   f"{self.vocab_size}: it was made with another tokenizer")
         return torch.from_numpy(tokens)
 
 
@@ -663,7 +657,7 @@ def train(cfg):
     # Two names for one set of parameters. `model` is compiled and averages gradients over processes; it needs fixed
     # shapes and all processes at once, so training and val loss go through it. HellaSwag, samples and checkpoints use
     # `raw_model`, which takes any shape and can be used by one process alone.
-    model = world.wrap(world.compile(raw_model))
+    model = world.wrap(raw_model)
     B = fit_micro_batch(model, cfg, world)
     loader = DataLoaderLite(train_data, B, cfg, world)
     log = Log(cfg, world, start)
@@ -675,9 +669,9 @@ def train(cfg):
     def due(every):  # every so many steps (0: never), and after the last one
         return every > 0 and (step % every == 0 or step == cfg.max_steps)
 
-    with contextlib.closing(log), catch_signals() as stop:
+    with contextlib.closing(log), catch_signals() as asked:
         for step in range(start, cfg.max_steps + 1):
-            stopping = world.any(stop.asked)  # a signal to one process stops all of them, at the same step
+            stopping = world.any(asked)  # a signal to one process stops all of them, at the same step
 
             # Checkpoint: when due, and when asked to stop; process 0 writes raw_model. Before the evaluations, since
             # they take a while, and machines die at the worst of times.
@@ -685,7 +679,7 @@ def train(cfg):
                 log.checkpoint(step, dict(
                     step=step, config=asdict(cfg), data=data, tokenizer=carried, model=raw_model.state_dict(),
                     optimizers=[optimizer.state_dict() for optimizer in optimizers],
-                    scaler=world.scaler.state_dict()), cfg)
+                    scaler=world.scaler.state_dict()), cfg.keep_checkpoints)
             if stopping:
                 world.print(f"stopped after {step} steps, as asked; the same command with --resume continues")
                 break
@@ -707,8 +701,6 @@ def train(cfg):
                     world.print("sample | " + text.replace("\n", "\n       | "))
 
             if step == cfg.max_steps:
-                log.wait()  # for the last checkpoint
-                describe_end(cfg, world)
                 break
 
             # One step: always; every process trains on its share, through `model`. The clock runs only here.
@@ -727,6 +719,12 @@ def train(cfg):
                                 "with --dtype float32")
             log.write(step, {"train": loss, "lr": lr, "norm": norm, "tok/s": cfg.total_batch_size / seconds[-1]})
             world.print(describe_step(step, loss, lr, norm, seconds, raw_model, cfg, world))
+    if step == cfg.max_steps:
+        world.print(f"done: log, configuration and checkpoints are in {cfg.log_dir}. Try next:\n"
+                    f"  python lessons/plot_log.py {cfg.log_dir}\n"
+                    f"  python lessons/explore.py {cfg.log_dir} --out my-gpt2.html\n"
+                    f"  python train_gpt2.py sample --init {cfg.log_dir} {json.dumps(cfg.prompt)}\n"
+                    f"  python train_gpt2.py export --init {cfg.log_dir} --out my-gpt2")
     return log.values
 
 
@@ -765,7 +763,7 @@ class World:
             dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size,
                                     timeout=timedelta(minutes=30))  # process 0 may be busy alone for a while
             self.group = dist.group.WORLD  # kept, since DDP would free it last, and hang
-        self.print(f"device {f'{self.device} {self.gpu}'.strip()}, processes {self.size}, compile "
+        self.print(f"device {self.device} {self.gpu}".rstrip() + f", processes {self.size}, compile "
                    f"{int(self.compiles)}, {str(self.dtype).removeprefix('torch.')}")
 
     def print(self, *words):
@@ -777,14 +775,12 @@ class World:
         """Matrix products in self.dtype, norms and losses in float32. For float32 itself it changes nothing."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
-    def compile(self, model):
-        """The model as few fused kernels, on devices where that works."""
+    def wrap(self, model):
+        """The same parameters in a model that is compiled into few kernels, where that works, and whose backward()
+        averages gradients over processes: 498 MB at 124M."""
         # Every shape makes a graph. After 8 of them, over all models of a process, PyTorch would stop compiling.
         torch._dynamo.config.recompile_limit = 64
-        return torch.compile(model, dynamic=False) if self.compiles else model
-
-    def wrap(self, model):
-        """The same model, the same parameters, but backward() averages gradients over processes: 498 MB at 124M."""
+        model = torch.compile(model, dynamic=False) if self.compiles else model
         return DDP(model, gradient_as_bucket_view=True) if self.distributed else model
 
     def no_sync(self, model):
@@ -810,7 +806,7 @@ class World:
                 do()
         except (UserError, OSError) as found:
             error = found
-        if self.any(error is not None):
+        if self.any(error):
             raise error or UserError("process 0 has said why")
 
 
@@ -839,11 +835,10 @@ def pick_dtype(name, device):
 
 
 def fit_micro_batch(model, cfg, world):
-    """Rows per forward: as asked, or with "auto" the first that fit, among the divisors of a process's rows.
+    """Rows per forward: as asked, or with "auto" the most that fit, of those that divide a process's rows of a step.
 
-    4,096 tokens keep a CPU busy. On a GPU we try forward and backward, and at most half as many rows as long as memory
-    runs out. The model is tried as it will be trained: DDP splits the graph it compiles, and a graph made without it
-    would be used again and never send gradients while the backward pass still runs.
+    4,096 tokens keep a CPU busy. On a GPU we try forward and backward, of the model as it will be trained: DDP splits
+    the graph it compiles, and one made without it would be used again and send all gradients at the end.
     """
     if cfg.micro_batch_size != "auto":
         return cfg.micro_batch_size
@@ -864,36 +859,34 @@ def fit_micro_batch(model, cfg, world):
             return False
 
     # Kernels that count with 32 bits have failed on 2^31 logits and more.
-    rows, tried, cuda = cfg.total_batch_size // cfg.block_size // world.size, [], world.device.type == "cuda"
+    rows, cuda = cfg.total_batch_size // cfg.block_size // world.size, world.device.type == "cuda"
     most = (2**31 - 1) // (cfg.block_size * cfg.vocab_size) if cuda else 4096 // cfg.block_size
-    for B in range(max(1, min(most, rows)), 0, -1):
-        if rows % B == 0 and (not tried or B <= tried[-1] // 2):
-            if not cuda:
-                return B
-            fitted = not world.any(not fits(B))
-            model.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
-            world.print(f"micro-batch of {B} rows: {'fits' if fitted else 'does not fit'}")
-            if fitted:
-                return B
-            tried.append(B)
-    raise UserError(f"this GPU's memory is too small, tried {tried} rows: use a smaller --block_size or --preset")
+    sizes = [B for B in range(max(1, min(most, rows)), 0, -1) if rows % B == 0]
+    for B in sizes if cuda else []:
+        fitted = not world.any(not fits(B))
+        model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        world.print(f"micro-batch of {B} rows: {'fits' if fitted else 'does not fit'}")
+        if fitted:
+            return B
+    insist(not cuda, f"this GPU's memory is too small, tried {sizes} rows: use a smaller --block_size or --preset")
+    return sizes[0]
 
 
 @contextlib.contextmanager
 def catch_signals():
-    """Turn SIGTERM, which schedulers send, and Ctrl-C into a request that the loop looks for between two steps. Saving
-    in the handler could catch the model half updated."""
-    stop = SimpleNamespace(asked=False)
+    """Note SIGTERM, which schedulers send, and Ctrl-C in a list, at which the loop looks between two steps. Saving in
+    the handler could catch the model half updated."""
+    asked = []
 
     def handler(signum, frame):
-        if signum == signal.SIGINT and stop.asked:  # a second Ctrl-C means now
+        if signum == signal.SIGINT and asked:  # a second Ctrl-C means now
             raise KeyboardInterrupt
-        stop.asked = True
+        asked.append(signum)
 
     before = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield stop
+        yield asked
     finally:
         for s, old in before.items():
             signal.signal(s, old)
@@ -914,20 +907,19 @@ class Log:
     def __init__(self, cfg, world, start):
         self.folder, self.values, self.tracker = Path(cfg.log_dir), {}, None
         self.writes, self.pending = world.rank == 0, ""  # who writes, and lines that a full disk has refused
-        self.thread, self.saving = ThreadPoolExecutor(1), None  # the checkpoint that is being written
+        self.thread = ThreadPoolExecutor(1)  # writes checkpoints
+        self.saving = self.thread.submit(int)  # the newest, which may not be complete; at first nothing
         world.first(lambda: self.open(cfg, start))
 
     def open(self, cfg, start):
         """For process 0: make the folder, lock it, and keep of its log what comes before `start`."""
+        from filelock import FileLock, Timeout
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.folder / "lock", "w")
-        try:  # the system drops this lock when the process ends, however it ends
-            import fcntl
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        self.lock = FileLock(self.folder / "lock")  # the system drops it when the process ends, however it ends
+        try:
+            self.lock.acquire(blocking=False)
+        except Timeout:
             raise UserError(f"another run is writing to {cfg.log_dir}: choose another --log_dir") from None
-        except (ImportError, OSError):  # Windows, and some network disks, have no such locks
-            pass
         if cfg.wandb:
             try:
                 import wandb
@@ -941,14 +933,14 @@ class Log:
             for file in old:
                 file.rename(aside / file.name)
             print(f"{self.folder} held a run, which is now in {aside} (--resume would have continued it)")
-        path = self.folder / "log.txt"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        lines = [line for line in lines if re.fullmatch(r"\d+ \S+ \S+\n", line) and int(line.split()[0]) < start]
-        for step, stream, value in map(str.split, lines):
-            self.values.setdefault(stream, {})[int(step)] = float(value)
-        config = json.dumps({**asdict(cfg), "resume": False}, indent=2) + "\n"
+        path, lines = self.folder / "log.txt", []
+        for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+            if re.fullmatch(r"\d+ \S+ \S+\n", line) and int(line.split()[0]) < start:
+                step, stream, value = line.split()
+                self.values.setdefault(stream, {})[int(step)] = float(value)
+                lines.append(line)
         write_file(path, lambda file: file.write("".join(lines).encode()))
-        write_file(self.folder / "config.json", lambda file: file.write(config.encode()))
+        fineweb.write_json(self.folder / "config.json", {**asdict(cfg), "resume": False})
 
     def write(self, step, streams):
         """write(3, {"train": 4.2, "norm": 0.9}) writes two lines."""
@@ -965,16 +957,16 @@ class Log:
         if self.tracker:
             self.tracker.log(streams, step=step)
 
-    def checkpoint(self, step, state, cfg):
+    def checkpoint(self, step, state, keep):
         """Write ckpt_STEP.pt in a thread, while training goes on: tensors, numbers, strings, lists and dicts only.
 
         Random states are not among them: first weights, order of the text and samples are drawn from (seed, step).
         """
         if self.writes:
-            self.wait()  # for the one before, if the disk is that slow
+            self.saving.result()  # the one before, if the disk is that slow
             copy = io.BytesIO()  # the next step changes the weights
             torch.save(state, copy)
-            self.saving = self.thread.submit(self.save, self.folder / f"ckpt_{step:08d}.pt", copy, cfg.keep_checkpoints)
+            self.saving = self.thread.submit(self.save, self.folder / f"ckpt_{step:08d}.pt", copy, keep)
 
     def save(self, path, copy, keep):
         try:
@@ -985,16 +977,12 @@ class Log:
         except OSError as error:
             print(f"WARNING: {path} can't be written, older checkpoints stay: {error}", flush=True)
 
-    def wait(self):
-        if self.saving:
-            self.saving.result()
-
     def close(self):
-        self.wait()
+        self.saving.result()
         if self.tracker:
             self.tracker.finish()
         if self.writes:
-            self.lock.close()
+            self.lock.release()
 
 
 def checkpoint_files(folder):
@@ -1003,8 +991,7 @@ def checkpoint_files(folder):
 
 
 def find_checkpoint(source):
-    """The checkpoint in a file, or the newest good one in a log folder; None where there is none, UserError where all
-    are damaged."""
+    """The checkpoint in a file, or the newest good one in a log folder; None without any, UserError if all are bad."""
     files = [Path(source)] if os.path.isfile(source) else checkpoint_files(source)
     for file in files:
         try:
@@ -1013,8 +1000,7 @@ def find_checkpoint(source):
             found = dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
             with torch.device("meta"):  # do the weights have the names and shapes of the model? It takes no memory
                 GPT(model_config(found["config"])).load_state_dict({**found["model"]}, assign=True)
-            if missing := {"step", "data", "tokenizer", "optimizers", "scaler"} - found.keys():
-                raise KeyError(missing)
+            assert found.keys() >= {"step", "data", "tokenizer", "optimizers", "scaler"}
             return found
         except Exception as error:  # damaged files fail in a dozen ways
             bad = f"{file} is damaged, or written by another version of this program ({type(error).__name__})"
@@ -1030,8 +1016,7 @@ def restore(checkpoint, model, optimizers, data, cfg, world):
     """Put a run into a checkpoint's state -> its step, 0 without one. Processes, micro-batch, device, the schedule and
     what is measured or saved may have changed since; UserError if the model, the batch, or the text's size have."""
     start = checkpoint["step"] if checkpoint else 0
-    others = world.sum(torch.tensor(float(start))).item() - start * world.size  # 0 if all have found the same
-    insist(not world.any(others != 0),
+    insist(world.sum(torch.tensor(float(start))) == start * world.size,
            f"--log_dir {cfg.log_dir} holds other checkpoints on other machines: use a folder they share")
     if not checkpoint:
         return start
@@ -1041,10 +1026,8 @@ def restore(checkpoint, model, optimizers, data, cfg, world):
                        "or start a new one in another --log_dir")
     model.load_state_dict(checkpoint["model"])
     for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
-        for group, saved in zip(optimizer.param_groups, state["param_groups"]):
-            # the averages are the checkpoint's, the settings those of cfg
-            saved.update({name: value for name, value in group.items() if name != "params"})
-        optimizer.load_state_dict(state)
+        # the averages are the checkpoint's, the settings (decay ...) those of cfg
+        optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
     if world.scaler.is_enabled() and checkpoint["scaler"]:  # {} where the run was not in float16 until now
         world.scaler.load_state_dict(checkpoint["scaler"])
     return start
@@ -1053,13 +1036,13 @@ def restore(checkpoint, model, optimizers, data, cfg, world):
 # ------------------------------------------------------------------- 11. the command line and the other actions
 # ---- where models, text and questions come from
 
+OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+
+
 def model_config(values):
     """The GPTConfig in a dict that has its fields, and perhaps others; Hugging Face says n_positions for block_size."""
     values = {"block_size": values.get("n_positions", GPTConfig.block_size), **values}
     return GPTConfig(**{field.name: values[field.name] for field in fields(GPTConfig) if field.name in values})
-
-
-OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
 def fetch_pretrained(name):
@@ -1068,60 +1051,46 @@ def fetch_pretrained(name):
         return name
     insist(name in OPENAI or re.fullmatch(r"[\w.-]+/[\w.-]+", name), f"{name}: no such checkpoint, log folder or "
            f"Hugging Face folder, and not one of {', '.join(OPENAI)} or OWNER/NAME")
-    from huggingface_hub import HfApi, snapshot_download
-    name, offline = f"openai-community/{name}" if name in OPENAI else name, True
-    with contextlib.suppress(Exception):
-        HfApi().model_info(name, timeout=10)  # without a network this fails at once; a download tries for half a minute
-        offline = False
+    from huggingface_hub import snapshot_download
     try:
-        return snapshot_download(name, allow_patterns=["config.json", "*.safetensors", "tokenizer.json",
-                                                       "tokenizer_config.json"], local_files_only=offline)
+        return snapshot_download(f"openai-community/{name}" if name in OPENAI else name, allow_patterns=[
+            "config.json", "*.safetensors", "tokenizer.json", "tokenizer_config.json"])
     except Exception as error:
         raise UserError(f"{name} is not a folder here, and the Hugging Face hub can't be reached or doesn't have it "
                         f"({type(error).__name__}): check the name and the network") from error
 
 
-def read_model(source):
-    """The GPT of a name, a Hugging Face folder, a checkpoint file or a log folder -> (model, checkpoint or None)."""
-    checkpoint = find_checkpoint(source)
-    if checkpoint is None:
-        return GPT.from_pretrained(source), None
-    model = GPT(model_config(checkpoint["config"]))
-    model.load_state_dict(checkpoint["model"])
-    model.n_vocab, model.eot = checkpoint["data"]["n_vocab"], checkpoint["data"]["eot"]
-    return model, checkpoint
-
-
-def load_model(source):
-    """(model, tokenizer) of a name, a Hugging Face folder, a checkpoint file or a log folder."""
-    model, checkpoint = read_model(source)
-    return model, tokenizer_of(model, checkpoint, source)
-
-
-def tokenizer_of(model, checkpoint, source):
-    """The tokenizer that a model was trained with, or UserError. Sets the model's n_vocab and eot, too."""
-    if not checkpoint:
-        folder = fetch_pretrained(source)
-        tokenizer = load_tokenizer(folder if Path(folder, "tokenizer.json").exists() else "gpt2")
-    elif checkpoint["tokenizer"] is None:  # it is GPT-2's, or the run had none at hand
-        tokenizer = load_tokenizer(checkpoint["data"]["tokenizer"])
+def load_model(source, optional=False):
+    """(model, tokenizer) of a name, a Hugging Face folder, a checkpoint file or a log folder. A tokenizer that is not
+    at hand is a UserError or, where it is `optional`, None."""
+    if checkpoint := find_checkpoint(source):
+        model, data = GPT(model_config(checkpoint["config"])), checkpoint["data"]
+        model.load_state_dict(checkpoint["model"])
+        model.n_vocab, model.eot = data["n_vocab"], data["eot"]
     else:
-        data = checkpoint["data"]
-        tokenizer = fineweb.tokenizer_from_json(checkpoint["tokenizer"], data["tokenizer"], data["eot"])
-    insist(tokenizer.n_vocab <= model.config.vocab_size,
-           f"{source}: its tokenizer has {tokenizer.n_vocab} ids, its model {model.config.vocab_size}")
+        model, folder = GPT.from_pretrained(source), fetch_pretrained(source)
+    try:
+        if not checkpoint:
+            tokenizer = load_tokenizer(folder if Path(folder, "tokenizer.json").exists() else "gpt2")
+        elif checkpoint["tokenizer"]:
+            tokenizer = fineweb.tokenizer_from_json(checkpoint["tokenizer"], data["tokenizer"], data["eot"])
+        else:  # it is GPT-2's, or the run had none at hand
+            tokenizer = load_tokenizer(data["tokenizer"])
+        insist(tokenizer.n_vocab <= model.config.vocab_size,
+               f"{source}: its tokenizer has {tokenizer.n_vocab} ids, its model {model.config.vocab_size}")
+    except UserError as error:
+        insist(optional, error)
+        print(f"no tokenizer: {error}")
+        return model, None
     model.n_vocab, model.eot = min(model.n_vocab, tokenizer.n_vocab), tokenizer.eot_token
-    return tokenizer
+    return model, tokenizer
 
 
 def open_data(cfg, world):
     """What data_dir holds -> (its meta.json, its tokenizer, or None with a word on what the run does without)."""
-    def make():  # the only text that a run prepares for itself, since Python carries it: any other takes hours
-        if not Path(cfg.data_dir, "meta.json").exists():
-            fineweb.main(["--source", "builtin", "--tokenizer", f"bpe:{cfg.vocab_size or 2048}", "--out", cfg.data_dir])
-
-    if cfg.data_dir == PRESETS["laptop"]["data_dir"]:
-        world.first(make)
+    if cfg.data_dir == PRESETS["laptop"]["data_dir"]:  # Python carries this text; any other takes hours to prepare
+        world.first(lambda: Path(cfg.data_dir, "meta.json").exists() or fineweb.main(
+            ["--source", "builtin", "--tokenizer", f"bpe:{cfg.vocab_size or 2048}", "--out", cfg.data_dir]))
     meta = read_meta(cfg.data_dir)
     try:
         return meta, load_tokenizer("gpt2" if meta["tokenizer"] == "gpt2" else cfg.data_dir)
@@ -1130,15 +1099,12 @@ def open_data(cfg, world):
         return meta, None
 
 
-def check_tokenizer(model, checkpoint, cfg, meta, tokenizer):
-    """UserError unless a model and the shards speak the same ids; by name where a tokenizer is not at hand."""
-    same = meta["tokenizer"] == (checkpoint["data"]["tokenizer"] if checkpoint else "gpt2")
-    with contextlib.suppress(UserError):
-        own = tokenizer_of(model, checkpoint, cfg.init)
-        if tokenizer:  # do both cut a long text, the docstring of this file, into the same ids?
-            same = (own.encode_ordinary(__doc__), own.eot_token) == (
-                tokenizer.encode_ordinary(__doc__), tokenizer.eot_token)
-    insist(same and meta["vocab_size"] <= model.config.vocab_size, f"{cfg.data_dir} was made with another tokenizer "
+def check_tokenizer(model, own, cfg, meta, tokenizer):
+    """UserError unless a model's own tokenizer and that of the shards cut a long text, the docstring of this file, into
+    the same ids. Where the shards' is not at hand, its name has to do."""
+    cuts = [(t.encode_ordinary(__doc__), t.eot_token) for t in (own, tokenizer or own)]
+    insist(cuts[0] == cuts[1] and (tokenizer or own.name == meta["tokenizer"])
+           and meta["vocab_size"] <= model.config.vocab_size, f"{cfg.data_dir} was made with another tokenizer "
            f"({meta['tokenizer']}, {meta['vocab_size']} ids) than the model {cfg.init}: use shards made with its own")
 
 
@@ -1151,11 +1117,11 @@ def first_model(cfg, meta, tokenizer, world):
     torch.manual_seed(cfg.seed)  # the same weights on every process
     model = GPT(model_config(asdict(cfg)))
     if not checkpoint and cfg.init != "scratch":
-        source, origin = read_model(cfg.init)
+        source, own = load_model(cfg.init)
         wrong = [f"{name} {has}" for name, has in asdict(source.config).items() if name in FIXED
                  and has != getattr(cfg, name) and not (name == "block_size" and has > cfg.block_size)]
         insist(not wrong, f"--init {cfg.init} has {', '.join(wrong)}: leave these flags out")
-        check_tokenizer(source, origin, cfg, meta, tokenizer)
+        check_tokenizer(source, own, cfg, meta, tokenizer)
         weights = source.state_dict()
         weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:cfg.block_size]
         model.load_state_dict(weights)
@@ -1166,14 +1132,13 @@ def first_model(cfg, meta, tokenizer, world):
 def check_sizes(cfg, meta, train, world):
     """UserError where a step can't be cut into equal parts, or the data does not suffice."""
     part = cfg.block_size * world.size * (1 if cfg.micro_batch_size == "auto" else cfg.micro_batch_size)
-    near, most = max(1, round(cfg.total_batch_size / part)) * part, train.n_windows * cfg.block_size // part * part
-    insist(cfg.total_batch_size % part == 0, f"--total_batch_size {cfg.total_batch_size} is not a multiple of {part}, "
-           f"the product of micro_batch_size, block_size and processes: use {near}")
+    size, most = cfg.total_batch_size, train.n_windows * cfg.block_size // part * part
+    insist(size % part == 0, f"--total_batch_size {size} is not a multiple of {part}, the product of micro_batch_size, "
+           f"block_size and processes: use {max(1, round(size / part)) * part}")
     insist(meta["vocab_size"] <= cfg.vocab_size, f"{cfg.data_dir} has a vocabulary of {meta['vocab_size']} ids, the "
            f"model one of {cfg.vocab_size}: leave --vocab_size out, or use other data")
-    insist(cfg.total_batch_size <= most, f"{cfg.data_dir} has {train.n_tokens} train tokens, less than a step of "
-           f"{cfg.total_batch_size}: use more text, or "
-           + (f"--total_batch_size {most}" if most else "a smaller --block_size"))
+    insist(size <= most, f"{cfg.data_dir} has {train.n_tokens} train tokens, less than a step of {size}: use more "
+           "text, or " + (f"--total_batch_size {most}" if most else "a smaller --block_size"))
 
 
 def find_hellaswag(world):
@@ -1189,8 +1154,7 @@ def score_hellaswag(model, questions, tokenizer, world):
     """Print and return HellaSwag's three scores with their standard errors (0.0046 on all 10,042 questions)."""
     score = hellaswag.evaluate(model, questions, tokenizer, rank=world.rank, world_size=world.size,
                                all_reduce=world.sum, dtype=world.dtype)
-    world.print("HellaSwag: " + ", ".join(f"{rule} {score[rule]:.4f} +- {score[rule + '_stderr']:.4f}"
-                                          for rule in ("acc", "acc_norm", "acc_norm_chars")))
+    world.print("HellaSwag: " + hellaswag.describe(score))
     return score
 
 
@@ -1239,24 +1203,15 @@ def describe_step(step, loss, lr, norm, seconds, model, cfg, world):
     """The console's line for a step. Its MFU, "model FLOPs utilization", is the share of the GPU's arithmetic that is
     used by the 6N + 12LCT operations per token of N parameters in L layers (PaLM, appendix B)."""
     # The median of the last steps: the first one, in which the model is compiled, would spoil a mean.
-    left = int((cfg.max_steps - step - 1) * statistics.median(seconds[-21:]))
-    tok_s, mfu = cfg.total_batch_size / seconds[-1], ""
+    left = int((cfg.max_steps - step - 1) * np.median(seconds[-21:]))
+    tok_s, gpu = cfg.total_batch_size / seconds[-1], ""
+    if world.device.type == "cuda":
+        gpu = f" | {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most"
     if peak := peak_flops(world.gpu):
         n = model.num_params() - cfg.block_size * cfg.n_embd  # looking up a position is not a product
-        mfu = f" | MFU {(6 * n + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size) * tok_s / world.size / peak:.1%}"
+        gpu += f" | MFU {(6 * n + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size) * tok_s / world.size / peak:.1%}"
     return (f"step {step:5d} | loss {loss:.6f} | lr {lr:.4e} | norm {norm:.4f} | {seconds[-1] * 1000:.1f} ms | "
-            f"{tok_s:,.0f} tok/s{mfu} | ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}")
-
-
-def describe_end(cfg, world):
-    """Where everything is, and what to try next."""
-    if world.device.type == "cuda":
-        world.print(f"peak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-    world.print(f"done: log, configuration and checkpoints are in {cfg.log_dir}. Try next:\n"
-                f"  python lessons/plot_log.py {cfg.log_dir}\n"
-                f"  python lessons/explore.py {cfg.log_dir} --out my-gpt2.html\n"
-                f"  python train_gpt2.py sample --init {cfg.log_dir} {json.dumps(cfg.prompt)}\n"
-                f"  python train_gpt2.py export --init {cfg.log_dir} --out my-gpt2")
+            f"{tok_s:,.0f} tok/s{gpu} | ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}")
 
 
 # ---- the actions: the first word of the command line
@@ -1265,8 +1220,8 @@ def evaluate(cfg):
     """eval: the val loss on data_dir, and HellaSwag, of what --init names -> {"val": loss, ...}."""
     world = World(cfg)
     meta, tokenizer = open_data(cfg, world)
-    model, checkpoint = read_model(cfg.init)
-    check_tokenizer(model, checkpoint, cfg, meta, tokenizer)
+    model, own = load_model(cfg.init)
+    check_tokenizer(model, own, cfg, meta, tokenizer)
     val = Corpus(cfg.data_dir, "val", cfg.block_size, cfg.vocab_size)
     B = fit_micro_batch(model.to(world.device), cfg, world)
     loss, tokens = evaluate_loss(model, val, B, cfg, world)
@@ -1290,18 +1245,15 @@ def sample(cfg, text=None, temperature=0.8, top_k=50, max_new_tokens=200, num_sa
 
 def export(cfg, out):
     """export: what --init names as a Hugging Face folder, with its tokenizer where that is at hand."""
-    model, checkpoint = read_model(cfg.init)
-    try:
-        fineweb.save_tokenizer(tokenizer_of(model, checkpoint, cfg.init), out)
-    except UserError as error:
-        print(f"{out} gets no tokenizer: {error}")
+    model, tokenizer = load_model(cfg.init, optional=True)
+    if tokenizer:
+        fineweb.save_tokenizer(tokenizer, out)
     model.save_pretrained(out)
     card = Path(out, "README.md")
     if not card.exists():
         card.write_text("---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [gpt2]\n---\n\n"
                         f"# A GPT-2 of {model.config.n_layer} layers and {model.config.n_embd} channels\n\n"
-                        f"Exported from {Path(cfg.init).name}. It continues texts like those it has read, and has not "
-                        "been taught to follow instructions or to be right.\n")
+                        f"Exported from {Path(cfg.init).name}. It continues texts, but follows no instructions.\n")
     print(f"wrote {out}; try: python -c \"from transformers import pipeline; "
           f"print(pipeline('text-generation', model='{out}')('Hello'))\"")
 
@@ -1376,18 +1328,17 @@ def make_parser(action):
 
 def convert(name, kind, value):
     """A word of the command line, or a value in a JSON file -> a field's value, of its type and in its range."""
-    choices = ("0", "1", "False", "True") if kind is bool else typing.get_args(kind)
     if name == "micro_batch_size":
-        choices, kind = (), str if value == "auto" else int
+        kind = str if value == "auto" else int
+    choices = ("0", "1", "False", "True") if kind is bool else typing.get_args(kind)
     if choices:
         insist(str(value) in choices, f"--{name} {value}: choose from {', '.join(choices)}")
         return str(value) in ("1", "True") if kind is bool else value
     try:
         new = kind(value)
-    except (TypeError, ValueError):
-        new = None
-    insist(new is not None and (isinstance(value, str) or new == value), f"--{name} {value!r}: must be "
-           f"{kind.__name__}{' or auto' * (name == 'micro_batch_size')}")
+        assert isinstance(value, str) or new == value
+    except (TypeError, ValueError, AssertionError):
+        raise UserError(f"--{name} {value!r}: must be {kind.__name__}") from None
     insist(kind is str or 0 < new < math.inf or new == 0 and name not in ABOVE_ZERO,
            f"--{name} {value}: must {'be above 0' if name in ABOVE_ZERO else 'not be negative'}")
     return new
@@ -1402,19 +1353,19 @@ def main(argv=None):
     try:
         return ACTIONS[action][0](cfg, **extra)
     except torch.OutOfMemoryError as error:
-        raise UserError(f"the GPU's memory ran out with --micro_batch_size {cfg.micro_batch_size}: try half as many "
-                        "rows") from error
+        raise UserError("the GPU's memory ran out: try half as many rows with --micro_batch_size") from error
 
 
 def command():
     """The program: main, with one line instead of a traceback for wrong input -> its exit status."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a Windows console may lack a letter that the model writes
-    status = 0
+    status = 1
     try:
         main()
         if dist.is_initialized():
             dist.destroy_process_group()
+        status = 0
     except (UserError, OSError) as error:
         # Wrong input is met by all processes, and torchrun ends the others when the first one leaves. So the others
         # give process 0 time to say it; what only they have met is said by them, later.
@@ -1422,8 +1373,7 @@ def command():
         print(f"train_gpt2.py: {error}", file=sys.stderr)
         status = 2
     except Exception:
-        traceback.print_exc()
-        status = 1
+        sys.excepthook(*sys.exc_info())
     if "RANK" in os.environ:
         # Leave at once, after an error too. Closing the group would wait for processes that wait for us; and its
         # threads outlive it, and can abort a Python that shuts down.

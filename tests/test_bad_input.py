@@ -125,7 +125,7 @@ VALUES = {
                        "keep_checkpoints=0",
     "must not be negative": "val_every=-1 vocab_size=-1 checkpoint_every=-5 warmup_steps=-1 seed=-1 grad_clip=-0.5 "
                             "weight_decay=-1.0 min_lr=nan",
-    "must be int": "max_steps=many n_layer=1.5", "must be int or auto": "micro_batch_size=some",
+    "must be int": "max_steps=many n_layer=1.5 micro_batch_size=some",
     "must be float": "max_lr=high",
     "choose from .*": "shuffle=maybe optimizer=lion dtype=int8 compile=yes"}
 

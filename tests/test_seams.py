@@ -39,7 +39,7 @@ def world(tmp_path_factory):
 
 
 def weights(source):
-    return {name: p.detach().clone() for name, p in train_gpt2.read_model(str(source))[0].named_parameters()}
+    return {name: p.detach().clone() for name, p in train_gpt2.load_model(str(source))[0].named_parameters()}
 
 
 # ---- fine-tuning, end to end
