@@ -29,6 +29,24 @@ def shake(model, noise=0.2, seed=1):
     return model
 
 
+def gap(a, b):
+    return (a - b).abs().max().item()
+
+
+def hf_twin(model, **changes):
+    """GPT2LMHeadModel with our weights. What to transpose is asked of its layers, not of our names."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers.pytorch_utils import Conv1D
+    c = model.config
+    config = dict(vocab_size=c.vocab_size, n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head,
+                  n_embd=c.n_embd, bos_token_id=None, eos_token_id=None)
+    twin = GPT2LMHeadModel(GPT2Config(**{**config, **changes})).eval()
+    conv1d = {f"{name}.weight" for name, layer in twin.named_modules() if isinstance(layer, Conv1D)}
+    state = {name: w.t() if name in conv1d else w for name, w in model.state_dict().items()}
+    twin.to(model.lm_head.weight.dtype).load_state_dict(state, strict=True)
+    return twin
+
+
 def tiny_config(**changes):
     """A TrainConfig of the tiny model's shape."""
     return TrainConfig(**{**TINY, "total_batch_size": 11 * 12, "warmup_steps": 0, **changes})
@@ -89,6 +107,18 @@ def run_worlds(size, do, model):
 
     with ThreadPoolExecutor(size) as pool:
         return list(pool.map(one, range(size)))
+
+
+class Letters:
+    """A tokenizer of 26 letters, a space and the end of text; the ids above only pad the vocabulary."""
+
+    eot_token = 27
+
+    def encode_ordinary(self, text):
+        return [" abcdefghijklmnopqrstuvwxyz".index(c) for c in text]
+
+    def decode(self, ids):
+        return "".join(" abcdefghijklmnopqrstuvwxyz"[i] for i in ids)
 
 
 def write_shards(folder, shards, split="train", suffix=".npy", name="text"):
