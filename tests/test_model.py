@@ -1,6 +1,6 @@
 """The network is GPT-2: equal to Hugging Face's on the same weights, drawn as the papers say, able to write.
 
-Shapes prove little, and small weights hide what is wrong with biases, gains and the bend of the GELU. So most
+Shapes prove little, and small weights hide what is wrong with biases, gains and the GELU. So most
 comparisons shake every parameter first; those on plain weights are there for the epsilon of the norms, which
 noise would drown.
 """
@@ -13,25 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import TINY, random_ids, shake, tiny_model
+from helpers import TINY, gap, hf_twin, random_ids, shake, tiny_model
 from train_gpt2 import GPT, PRESETS, CausalSelfAttention, GPTConfig
-
-
-def hf_twin(model):
-    """GPT2LMHeadModel with our weights. What to transpose is asked of its layers, not of our names."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-    from transformers.pytorch_utils import Conv1D
-    c = model.config
-    twin = GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_layer=c.n_layer,
-                                      n_head=c.n_head, n_embd=c.n_embd, bos_token_id=None, eos_token_id=None)).eval()
-    conv1d = {f"{name}.weight" for name, layer in twin.named_modules() if isinstance(layer, Conv1D)}
-    state = {name: w.t() if name in conv1d else w for name, w in model.state_dict().items()}
-    twin.to(model.lm_head.weight.dtype).load_state_dict(state, strict=True)
-    return twin
-
-
-def gap(a, b):
-    return (a - b).abs().max().item()
 
 
 # ---- the same function as Hugging Face's
@@ -52,15 +35,6 @@ def test_logits_equal_hugging_faces(noise, tolerance):
             if isinstance(layer, torch.nn.GELU) and noise > 0:
                 layer.approximate = "none"
         assert gap(model(idx)[0], logits) > 5 * tolerance
-
-
-@pytest.mark.slow
-def test_logits_of_the_full_124m():
-    """Shaken, and so in float64: twelve blocks amplify what float32 rounds to 1e-3, in their program as in ours."""
-    torch.manual_seed(0)
-    model, idx = shake(GPT(GPTConfig())).double(), random_ids(1, 16, n=50257)
-    with torch.no_grad():
-        assert gap(model(idx)[0], hf_twin(model)(idx).logits) < 1e-9
 
 
 def test_attention_is_what_its_comment_writes_out():
@@ -88,20 +62,16 @@ def test_a_logit_depends_on_its_rows_past_and_present_and_on_nothing_else():
 def test_the_loss_is_the_mean_surprise_of_the_targets_that_count():
     """-100 does not. Inputs and targets may be slices of one buffer, which `.view(-1)` would refuse."""
     model, buffer = tiny_model(), random_ids(3, 6)
-    idx, targets = buffer[:, :-1], buffer[:, 1:]
+    targets, left_out = buffer[:, 1:], buffer.clone()
     targets[1, 3] = 0  # an id like any other
-
-    def surprise(*places):
-        return sum(-logits[b, t].log_softmax(-1)[targets[b, t]] for b, t in places) / len(places)
-
-    logits, loss = model(idx, targets)
-    assert loss.shape == () and gap(loss, surprise(*[(b, t) for b in range(3) for t in range(5)])) < 1e-5
-    # A compiled backward pass would get a (B, T, V) tensor of zeros for logits that could have a gradient.
-    assert loss.requires_grad and not logits.requires_grad and torch.equal(logits, model(idx)[0])
-    idx, targets = idx.clone(), targets.clone()
-    targets[0, 2:], targets[2] = -100, -100
-    logits, loss = model(idx, targets)
-    assert gap(loss, surprise((0, 0), (0, 1), *[(1, t) for t in range(5)])) < 1e-5
+    left_out[0, 3:], left_out[2] = -100, -100
+    for idx, targets, places in ((buffer[:, :-1], targets, [(b, t) for b in range(3) for t in range(5)]),
+                                 (random_ids(3, 5), left_out[:, 1:], [(0, 0), (0, 1), *((1, t) for t in range(5))])):
+        logits, loss = model(idx, targets)
+        want = sum(-logits[b, t].log_softmax(-1)[targets[b, t]] for b, t in places) / len(places)
+        assert loss.shape == () and gap(loss, want) < 1e-5
+        # A compiled backward pass would get a (B, T, V) tensor of zeros for logits that could have a gradient.
+        assert loss.requires_grad and not logits.requires_grad and torch.equal(logits, model(idx)[0])
 
 
 def test_no_more_tokens_than_positions():
@@ -146,27 +116,23 @@ def test_every_tensor_is_drawn_as_the_table_says():
 
 
 def test_loss_of_an_untrained_model_is_above_ln_v():
-    """ln V is what a uniform guess costs; logits of spread s = 0.02 sqrt(C) cost s^2/2 more."""
+    """ln V is what a uniform guess costs; logits of spread s = 0.02 sqrt(C) cost s^2/2 more: 10.98."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=64, n_layer=2))
+    model, s = GPT(GPTConfig(block_size=64, n_layer=2)), 0.02 * math.sqrt(768)
     with torch.no_grad():
-        logits, loss = model(random_ids(8, 64, n=50257), random_ids(8, 64, n=50257, seed=3))
-    s = 0.02 * math.sqrt(768)
+        logits, loss = model(random_ids(4, 64, n=50257), random_ids(4, 64, n=50257, seed=3))
     assert logits.std().item() == pytest.approx(s, rel=0.02)
-    assert math.log(50257) + s * s / 2 == pytest.approx(10.98, abs=0.005)
-    assert loss.item() == pytest.approx(10.98, abs=0.06)
+    assert loss.item() == pytest.approx(math.log(50257) + s * s / 2, abs=0.06)
 
 
 def test_one_matrix_reads_and_writes():
-    """Also in a copy, after weights were loaded, and after a step."""
-    model, other = tiny_model(), tiny_model(seed=5)
-    other.load_state_dict(model.state_dict())
-    before = other.lm_head.weight.detach().clone()
-    other(random_ids(2, 5), random_ids(2, 5, seed=3))[1].backward()
-    torch.optim.SGD(other.parameters(), lr=0.1).step()
-    for m in (model, copy.deepcopy(model).double(), other):
+    """Also after weights were loaded, after a step, and in a copy."""
+    model, fresh = tiny_model(seed=5), tiny_model()
+    model.load_state_dict(fresh.state_dict())
+    model(random_ids(2, 5), random_ids(2, 5, seed=3))[1].backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    for m in (fresh, model, copy.deepcopy(model).double()):
         assert m.lm_head.weight is m.transformer.wte.weight and "lm_head.weight" not in dict(m.named_parameters())
-    assert torch.equal(before, model.lm_head.weight) and not torch.equal(before, other.lm_head.weight)
 
 
 # ---- writing
@@ -199,7 +165,7 @@ def mild():
     return model
 
 
-@pytest.mark.parametrize("temperature, top_k", [(1.0, None), (0.5, None), (2.0, 5), (1.0, 1), (0.5, 33), (2.0, 1000)])
+@pytest.mark.parametrize("temperature, top_k", [(0.5, None), (2.0, 5), (1.0, 33)])
 def test_draws_follow_the_tempered_softmax_of_the_k_likeliest(temperature, top_k):
     """After two prompts at once, with other favorites. Ids 31 to 36 only pad the matrix: forward finds one of them the
     likeliest, generate never draws it."""
