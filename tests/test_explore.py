@@ -1,29 +1,33 @@
 """The explorer's page: its arithmetic and its tokenizer against ours under node, and the page itself in a browser."""
+import copy
 import html
-import inspect
+import itertools
 import json
 import math
+import re
+import runpy
 import shutil
 import subprocess
 import sys
+import tempfile
+import textwrap
 import types
 import urllib.parse
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
+from torch.nn.functional import cross_entropy
 
 from conftest import ROOT
-from fineweb import UserError, builtin_documents, load_tokenizer, save_tokenizer, train_tokenizer
+from fineweb import UserError, builtin_documents, load_tokenizer, train_tokenizer
 from helpers import tiny_model
 from lessons import explore
-from train_gpt2 import load_model
 
 NODE = shutil.which("node")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_node = pytest.mark.skipif(not NODE, reason="node is not installed")
-needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed")
 
 # No two sizes alike, an odd vocabulary, and more rows than it has ids.
 SIZES = dict(block_size=23, vocab_size=384, n_layer=3, n_head=4, n_embd=24)
@@ -47,19 +51,23 @@ process.stdout.write(JSON.stringify(answer, (key, value) => ArrayBuffer.isView(v
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """(model, tokenizer, page): a tiny model, shaken, its weights rounded as the page's are."""
-    tokenizer = train_tokenizer((text for text, _ in zip(builtin_documents(), range(40))), N_VOCAB)
+    tokenizer = train_tokenizer(itertools.islice(builtin_documents(), 40), N_VOCAB)
     model = tiny_model(**SIZES).eval()
     model.n_vocab = N_VOCAB
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(p.half())
-    page = tmp_path_factory.mktemp("page") / "my-gpt2.html"
-    page.write_text(explore.make_page(model, tokenizer, "Return the list."), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(explore.train_gpt2, "load_model", {"log": (model, tokenizer)}.get)
+        out = tmp_path_factory.mktemp("made") / "deep" / "my-gpt2.html"
+        page = explore.main(["log", "--out", str(out), "--text", "Return the list."])
     return model, tokenizer, page
 
 
 def node(page, body, given=None):
     """What a function body returns under node, where `explorer` is the page's object and `given` our argument."""
+    if not NODE:
+        pytest.skip("node is not installed")
     done = subprocess.run([NODE, "-e", DRIVER, str(page), body], input=json.dumps(given), capture_output=True,
                           text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -68,31 +76,23 @@ def node(page, body, given=None):
 
 @torch.no_grad()
 def reference(model, ids, off=()):
-    """Plain PyTorch, parts switched off by hooks: logits (T, V), attention (L, nh, T, T), the stream (L+1, T, C)."""
-    attention, stream, hooks = [], [], []
-    nh, hs, T = model.config.n_head, model.config.n_embd // model.config.n_head, len(ids)
-
-    def look(module, inputs, qkv):
-        q, k, _ = (part.view(T, nh, hs).transpose(0, 1) for part in qkv[0].chunk(3, dim=-1))
-        scores = (q @ k.transpose(1, 2) / hs ** 0.5).masked_fill(~torch.ones(T, T).tril().bool(), -torch.inf)
-        attention.append(scores.softmax(-1))
-
-    for l, block in enumerate(model.transformer.h):
-        heads = torch.ones(nh, hs)
-        for name in off:
-            if name.startswith(f"{l}.") and not name.endswith("mlp"):
-                heads[int(name[2:])] = 0
-        hooks += [block.attn.c_attn.register_forward_hook(look),
-                  block.register_forward_pre_hook(lambda module, inputs: stream.append(inputs[0][0])),
-                  block.attn.c_proj.register_forward_pre_hook(
-                      lambda module, inputs, heads=heads: inputs[0] * heads.flatten())]
-        if f"{l}.mlp" in off:
-            hooks.append(block.mlp.register_forward_hook(lambda module, inputs, out: torch.zeros_like(out)))
-    hooks.append(model.transformer.ln_f.register_forward_pre_hook(lambda module, inputs: stream.append(inputs[0][0])))
-    logits = model(torch.tensor([ids]))[0][0, :, :N_VOCAB]
-    for hook in hooks:
-        hook.remove()
-    return logits, torch.stack(attention), torch.stack(stream)
+    """What transformers has from the same weights, those of the parts that are off set to 0: logits (T, V), attention
+    (L, nh, T, T), the stream (L+1, T, C)."""
+    from transformers import GPT2LMHeadModel
+    less, hs, last = copy.deepcopy(model), model.config.n_embd // model.config.n_head, []
+    for layer, part in (name.split(".") for name in off):
+        block = less.transformer.h[int(layer)]
+        if part == "mlp":
+            block.mlp.c_proj.weight.zero_(), block.mlp.c_proj.bias.zero_()
+        else:
+            block.attn.c_proj.weight[:, int(part) * hs:(int(part) + 1) * hs].zero_()
+    with tempfile.TemporaryDirectory() as folder:
+        less.save_pretrained(folder)
+        theirs = GPT2LMHeadModel.from_pretrained(folder, attn_implementation="eager").eval()
+    # their last hidden state is the normalized one
+    theirs.transformer.ln_f.register_forward_pre_hook(lambda module, inputs: last.append(inputs[0]))
+    found = theirs(torch.tensor([ids]), output_attentions=True, output_hidden_states=True)
+    return found.logits[0], torch.cat(found.attentions), torch.cat([*found.hidden_states[:-1], *last])
 
 
 def close(ours, ref, atol=1e-3):
@@ -101,7 +101,6 @@ def close(ours, ref, atol=1e-3):
 
 # ---- the engine, under node
 
-@needs_node
 @pytest.mark.parametrize("off", [(), ("0.1", "2.3"), ("1.mlp", "1.0")])
 def test_logits_attention_and_norms_are_those_of_pytorch(made, off):
     """Of a text that is too long: it is cropped from the left, as generate does."""
@@ -117,30 +116,28 @@ def test_logits_attention_and_norms_are_those_of_pytorch(made, off):
           attention, 1e-5)
     close(ours["norms"], stream.norm(dim=-1))
     close(ours["next"], logits[-1])
-    nats = torch.nn.functional.cross_entropy(logits[:-1].double(), torch.tensor(ids[1:]), reduction="none")
+    nats = cross_entropy(logits[:-1].double(), torch.tensor(ids[1:]), reduction="none")
     close([told["bits"] for told in ours["surprises"][1:]], (nats / math.log(2)).float())
     ranks = [1 + int((row > row[id]).sum()) for row, id in zip(logits, ids[1:])]
     assert [told["rank"] for told in ours["surprises"][1:]] == ranks
 
 
-@needs_node
 @pytest.mark.parametrize("kind", ["bpe", "bytes", "gpt2"])
 def test_ids_are_the_tokenizers_and_decode_leads_back(made, kind, request, tmp_path):
-    tokenizer = {"bpe": lambda: made[1], "bytes": lambda: load_tokenizer("bytes"),
-                 "gpt2": lambda: request.getfixturevalue("gpt2_tokenizer")}[kind]()
+    tokenizer = made[1] if kind == "bpe" else load_tokenizer("bytes") if kind == "bytes" else (
+        request.getfixturevalue("gpt2_tokenizer"))
     model = tiny_model(block_size=8, vocab_size=tokenizer.n_vocab, n_layer=1, n_head=2, n_embd=6)
     page = tmp_path / "page.html"
-    page.write_text(explore.make_page(model, tokenizer), encoding="utf-8")
-    texts = TEXTS + ["\n\n".join(text for text, _ in zip(builtin_documents(), range(3)))]
-    ids, back = node(page, "const ids = given.map(explorer.encode); return [ids, ids.map(explorer.decode)]", texts)
-    assert ids == [tokenizer.encode_ordinary(text) for text in texts]
-    assert back == texts
+    page.write_text(explore.make_page(model, tokenizer, "</script>"), encoding="utf-8")
+    texts = TEXTS + ["\n\n".join(itertools.islice(builtin_documents(), 3))]
     half = tokenizer.encode_ordinary("🎉")[:1]
-    assert node(page, "return [explorer.decode(given), explorer.decode([explorer.eot])]",
-                half) == [tokenizer.decode(half), "<|endoftext|>"]
+    ids, back, *odd = node(page, """const ids = given.texts.map(explorer.encode);
+        return [ids, ids.map(explorer.decode), explorer.decode(given.half), explorer.decode([explorer.eot])]""",
+                           dict(texts=texts, half=half))
+    assert ids == [tokenizer.encode_ordinary(text) for text in texts] and back == texts
+    assert odd == [tokenizer.decode(half), "<|endoftext|>"]
 
 
-@needs_node
 def test_what_is_remembered_equals_what_is_computed_anew_and_no_more_is_computed_than_needed(made):
     """Typing, deleting, changing the middle, writing past the window, switching: always as a fresh session."""
     ids = made[1].encode_ordinary(LONG)
@@ -157,7 +154,6 @@ def test_what_is_remembered_equals_what_is_computed_anew_and_no_more_is_computed
     assert [n for n, _ in told] == computed
 
 
-@needs_node
 def test_what_it_draws_from_is_what_generate_draws_from(made):
     model, tokenizer, page = made
     logits = reference(model, tokenizer.encode_ordinary("Return the"))[0][-1]
@@ -171,7 +167,6 @@ def test_what_it_draws_from_is_what_generate_draws_from(made):
     assert greedy == [[int(logits.argmax()), 1]]
 
 
-@needs_node
 def test_the_lens_and_the_habits_of_heads(made):
     model, tokenizer, page = made
     ids = tokenizer.encode_ordinary("Return the list")
@@ -191,44 +186,25 @@ def test_the_lens_and_the_habits_of_heads(made):
 def test_the_map_names_the_lines_that_do_it():
     for *_, thing, words in explore.MAP:
         told = explore.lines_of(thing, words)
-        file, lines = told["where"].split(", ")
-        first, *last = lines.removeprefix("lines ").removeprefix("line ").split("–")
-        lines = (ROOT / file).read_text(encoding="utf-8").splitlines()[int(first) - 1:int(*last or [first])]
-        assert words in lines[0] if words else any(f" {thing.__name__}" in line for line in lines[:2]), told
-        assert inspect.cleandoc("\n" + "\n".join(lines)) == told["source"]
+        file, first, last = re.fullmatch(r"(\S+), lines? (\d+)(?:–(\d+))?", told["where"]).groups()
+        lines = (ROOT / file).read_text(encoding="utf-8").splitlines()[int(first) - 1:int(last or first)]
+        assert textwrap.dedent("\n".join(lines)) == told["source"] and (words or f" {thing.__name__}") in told["source"]
 
 
-def test_wrong_input_is_one_line_and_status_2(made, tmp_path, monkeypatch):
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    done = subprocess.run([sys.executable, ROOT / "lessons" / "explore.py", empty], capture_output=True, text=True,
-                          cwd=tmp_path)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and str(empty) in done.stderr
+def test_wrong_input_is_one_line_and_status_2(made, monkeypatch, capsys):
     model, tokenizer, _ = made
-    monkeypatch.setattr(explore, "LARGEST", 1000)
-    with pytest.raises(UserError, match="weights would make a page of .* MB"):
-        explore.make_page(model, tokenizer)
-    monkeypatch.undo()
+    for error in UserError, OSError:
+        monkeypatch.setattr(explore.train_gpt2, "load_model", mock.Mock(side_effect=error("log: nothing is here")))
+        monkeypatch.setattr(sys, "argv", ["explore.py", "log"])
+        with pytest.raises(SystemExit, match="2"):
+            runpy.run_path(explore.__file__, run_name="__main__")
+        assert capsys.readouterr() == ("", "explore.py: log: nothing is here\n")
     strange = types.SimpleNamespace(n_vocab=9, eot_token=0, json='{"model": {"type": "WordPiece", "vocab": {}}}')
     with pytest.raises(UserError, match="a tokenizer of GPT-2's kind"):
         explore.make_page(model, strange)
-    monkeypatch.setattr(explore.train_gpt2, "load_model", lambda source: (model, tokenizer))
-    (tmp_path / "file").write_text("")
-    with pytest.raises((UserError, OSError), match="file"):  # a place that cannot be written, root's rights or not
-        explore.main(["log", "--out", str(tmp_path / "file" / "page.html")])
-
-
-@pytest.mark.slow
-@needs_node
-def test_an_exported_folder_becomes_a_page(made, tmp_path):
-    model, tokenizer, _ = made
-    model.save_pretrained(tmp_path / "hf")
-    save_tokenizer(tokenizer, tmp_path / "hf")
-    page = explore.main([str(tmp_path / "hf"), "--out", str(tmp_path / "deep" / "page.html"), "--text", "Return"])
-    loaded, _ = load_model(str(tmp_path / "hf"))
-    ids = tokenizer.encode_ordinary("Return the list")
-    ours = node(page, "return explorer.run(explorer.encode(given)).logits", "Return the list")
-    close(ours, reference(loaded, ids)[0])
+    monkeypatch.setattr(explore, "LARGEST", 1000)
+    with pytest.raises(UserError, match="weights would make a page of .* MB"):
+        explore.make_page(model, tokenizer)
 
 
 # ---- the page in a browser
@@ -236,6 +212,8 @@ def test_an_exported_folder_becomes_a_page(made, tmp_path):
 def look(page, script, width=1400, **view):
     """What the body of an async JavaScript function returns in Chromium, where `page` is the window of the page, opened
     from its file in a frame of this width; `$`, `$$` find nodes in it, `until` waits. The screenshot is next to it."""
+    if not CHROMIUM:
+        pytest.skip("chromium is not installed")
     driver = page.with_name("driver.html")
     driver.write_text(f"""<body style="margin: 0"><pre hidden></pre>
         <iframe src="{page.name}#{urllib.parse.urlencode(view)}" style="width: {width}px; height: 900px"></iframe>
@@ -257,12 +235,12 @@ def look(page, script, width=1400, **view):
 
 
 @pytest.mark.slow
-@needs_chromium
 def test_typing_drawing_and_switching(made):
     model, tokenizer, page = made
     opened, here, bars, off, tokens, written, stopped = look(page, """
         const opened = $("#text").value, shown = () => $$("#tokens .token").map(node => +node.dataset.id);
         const changed = async change => { page.explorer.took = 0; change(); await until(() => page.explorer.took); };
+        const losses = () => $$("#compare th").map(node => node.textContent);
         page.Math.random = () => 0;                       // it draws the likeliest
         $("#text").value = "Return the items";
         await changed(() => $("#text").dispatchEvent(new page.Event("input")));
@@ -272,9 +250,9 @@ def test_typing_drawing_and_switching(made):
         $("#temperature").dispatchEvent(new page.Event("input"));                    // it leaves top-k at 50
         const bars = $$(".bar").map(bar => [+bar.dataset.id, +bar.dataset.p]);
         await changed(() => $("#switches [data-part='1.2']").click());
-        const off = [+$(".bar").dataset.id, $$("#compare th").map(node => node.textContent)];
+        const off = losses();
         await changed(() => $("#all-on").click());
-        off.push($$("#compare th")[1].textContent);
+        off.push(...losses());
         await changed(() => $("#switches [data-part='1.2']").click());
         await changed(() => $(".bar").click());
         const tokens = shown();
@@ -289,16 +267,13 @@ def test_typing_drawing_and_switching(made):
     kept = logits[-1].topk(50)
     assert [id for id, _ in bars] == kept.indices[:20].tolist()
     close([p for _, p in bars], kept.values.softmax(-1)[:20], 1e-4)
-    losses = [torch.nn.functional.cross_entropy(rows[:-1], torch.tensor(ids[1:])) / math.log(2)
-              for rows in (logits, switched)]
-    best, told = int(switched[-1].argmax()), [f"{loss:.2f}" for loss in losses]
-    more = f"{float(told[1]) - float(told[0]):+.2f}"
-    assert off == [best, [f"all on\n{told[0]} bits", f"now\n{told[1]} bits ({more})"], f"now\n{told[0]} bits"]
-    assert tokens == written[0] == ids + [best] and (written[1], stopped) == ("Stop", "Write")
+    on, less = [f"{cross_entropy(rows[:-1], torch.tensor(ids[1:])) / math.log(2):.2f}" for rows in (logits, switched)]
+    assert off == [f"all on\n{on} bits", f"now\n{less} bits ({float(less) - float(on):+.2f})",
+                   f"all on\n{on} bits", f"now\n{on} bits"]
+    assert tokens == written[0] == ids + [int(switched[-1].argmax())] and (written[1], stopped) == ("Stop", "Write")
 
 
 @pytest.mark.slow
-@needs_chromium
 def test_the_address_restores_the_view_and_the_keyboard_moves_in_it(made):
     text = "the list, 日本 & the=items"
     view = dict(text=text, layer=2, head=1, token=1, off="0.3,1.mlp,9.9", temperature=0.5, top_k=7)
@@ -318,7 +293,6 @@ def test_the_address_restores_the_view_and_the_keyboard_moves_in_it(made):
 
 
 @pytest.mark.slow
-@needs_chromium
 @pytest.mark.parametrize("width", [380, 1400])
 @pytest.mark.parametrize("text", ["", LONG])
 def test_it_is_readable_at_every_width(made, width, text):
