@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention as attention
 from torch.overrides import TorchFunctionMode
 
 import hellaswag
@@ -64,12 +64,6 @@ def record(**changes):
 
 def accuracies(results):
     return [results[rule] for rule in ("acc", "acc_norm", "acc_norm_chars")]
-
-
-def watch(monkeypatch, watcher):
-    """Call watcher(rows) before each of log_p's forward passes."""
-    original = hellaswag.log_p
-    monkeypatch.setattr(hellaswag, "log_p", lambda model, rows: watcher(rows) or original(model, rows))
 
 
 # ---- questions
@@ -128,6 +122,9 @@ def test_scores_are_those_of_transformers_and_of_the_plain_way(examples, vocabul
         plain, m = plain_score(model, example, encode)
         torch.testing.assert_close(plain.double(), ours, rtol=0, atol=1e-3)
         assert m.tolist() == n.tolist()
+        data, rows, mask, label = render_example(example, encode)  # as in build-nanogpt
+        assert rows[mask.bool()].tolist() == sum(data["ending_tokens"], [])
+        assert rows[0, :mask[0].argmax()].tolist() == data["ctx_tokens"] and label == data["label"] == example["label"]
     labels = torch.tensor([e["label"] for e in examples])
     chars = torch.tensor([[len(ending) for ending in e["endings"]] for e in examples])
     right = [((expected / unit).argmax(dim=1) == labels).double().mean().item() for unit in (1, tokens, chars)]
@@ -135,19 +132,11 @@ def test_scores_are_those_of_transformers_and_of_the_plain_way(examples, vocabul
     assert vocabulary == "gpt2" or len(set(right)) == 3, "the fixture should tell the rules apart"
 
 
-def test_an_example_is_rendered_as_in_build_nanogpt(examples):
-    for example in examples:
-        data, tokens, mask, label = render_example(example, BYTES.encode_ordinary)
-        assert label == data["label"] == example["label"]
-        for row, chosen, ending in zip(tokens, mask.bool(), data["ending_tokens"], strict=True):
-            assert row[chosen].tolist() == ending and row[:mask[0].argmax()].tolist() == data["ctx_tokens"]
-
-
 def test_batches_are_full_and_their_order_does_not_matter(model, examples, monkeypatch):
     """A context is read once, then the endings but for their last tokens; long rows go first. Only the endings meet the
     vocabulary, few at a time: the logits of whole rows would be 200 times the size of their hidden states."""
-    batches, projected = [], []
-    watch(monkeypatch, batches.append)
+    batches, projected, log_p = [], [], hellaswag.log_p
+    monkeypatch.setattr(hellaswag, "log_p", lambda model, rows: batches.append(rows) or log_p(model, rows))
     hook = model.lm_head.register_forward_hook(lambda module, args, out: projected.append(len(out)))
     expected, counts = score(model, examples, BYTES, max_tokens=1500)
     hook.remove()
@@ -206,36 +195,31 @@ def test_the_device_is_read_once_and_float64_begins_on_the_cpu(model, examples):
     assert dtypes == [torch.float32]
 
 
-@pytest.mark.parametrize("kind", ["one layer of another kind", "another mask", "not causal", "without wpe"])
-def test_models_that_cannot_read_packed_rows_fail(examples, kind):
+@pytest.mark.parametrize("own", [
+    lambda x: x, lambda x: attention(x, x, x),
+    lambda x: attention(x, x, x, attn_mask=torch.ones(x.size(1), x.size(1), dtype=torch.bool).tril()),
+    None], ids=["attention", "not causal", "mask", "positions"])
+def test_models_that_cannot_read_packed_rows_fail(examples, own):
     """A fork's own attention or positions can't be replaced: an error, where the score would be wrong."""
-    def forward(self, x):
-        q, k, v = (t.unflatten(2, (2, -1)).transpose(1, 2) for t in self.c_attn(x).split(32, dim=2))
-        past = torch.ones(q.size(2), q.size(2), dtype=torch.bool).tril()
-        y = v if kind == "one layer of another kind" else scaled_dot_product_attention(
-            q, k, v, attn_mask=past if kind == "another mask" else None)
-        return self.c_proj(y.transpose(1, 2).flatten(2))
-
     model = tiny_gpt()
-    if kind == "without wpe":
-        wpe = model.transformer.wpe
-        wpe.forward = lambda pos: wpe.weight[pos]
+    wpe = model.transformer.wpe
+    if own:
+        model.transformer.h[1].attn.forward = own
     else:
-        for block in list(model.transformer.h)[kind == "one layer of another kind":]:
-            block.attn.forward = forward.__get__(block.attn)
+        wpe.forward = lambda pos: wpe.weight[pos]
     with pytest.raises(AssertionError, match="can't read packed rows"):
         score(model, examples[:2], BYTES)
 
 
 def test_evaluating_keeps_every_mode_and_no_gradient(examples, monkeypatch):
-    def interrupt(rows):
+    def interrupt(model, rows):
         assert not any(module.training for module in model.modules()) and not torch.is_grad_enabled()
         raise KeyboardInterrupt
 
     model = tiny_gpt().train()
     model.transformer.h[1].eval()  # frozen, say
     modes = [module.training for module in model.modules()]
-    watch(monkeypatch, interrupt)
+    monkeypatch.setattr(hellaswag, "log_p", interrupt)
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, examples, BYTES)
     assert [module.training for module in model.modules()] == modes and torch.is_grad_enabled()
@@ -371,16 +355,18 @@ def test_the_hub_has_the_questions(published, examples, monkeypatch):
     asked, hub = [], Path("hub.parquet")
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, repo, timeout: asked.append((repo, timeout)))
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *file, **of: asked.append((*file, of)) or hub)
-    for upload in (b"PAR1 and no more"), examples[:11], examples:
-        if isinstance(upload, bytes):
-            hub.write_bytes(upload)
-        else:  # the hub's labels are text
-            table = pyarrow.Table.from_pylist([{**e, "label": str(e["label"])} for e in upload])
-            pyarrow.parquet.write_table(table, hub)
-        if upload is not examples:
-            with pytest.raises(UserError, match="HellaSwag can't be fetched .*: bring data.hellaswag.hellaswag_val.js"):
-                list(iterate_examples())
-            assert not DEFAULT.parent.exists()
+    rows = [{**e, "label": str(e["label"])} for e in examples]  # the hub's labels are text
+
+    def refused():
+        with pytest.raises(UserError, match="HellaSwag can't be fetched .*: bring data.hellaswag.hellaswag_val.jsonl"):
+            list(iterate_examples())
+        return not DEFAULT.parent.exists()
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[:11]), hub)
+    assert refused()
+    hub.write_bytes(hub.read_bytes()[:1000])
+    assert refused()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), hub)
     assert list(iterate_examples()) == list(iterate_examples()) == examples
     assert [json.loads(line) for line in DEFAULT.read_text().splitlines()] == examples  # with numbers as labels
     assert [path.name for path in DEFAULT.parent.iterdir()] == [DEFAULT.name]
