@@ -122,6 +122,12 @@ def test_any_number_of_processes_and_rows_reads_the_same_steps(corpus, every, si
             assert torch.equal(x.flatten(0, 1), mine[:, :-1]) and torch.equal(y.flatten(0, 1), mine[:, 1:])
 
 
+def test_an_epoch_reads_each_token_at_most_once(corpus):
+    part = loader(corpus, 8)
+    inputs = torch.cat([part.batch(step)[0].flatten() for step in range(37)])
+    assert len(inputs.unique()) == len(inputs) == 37 * 16 * T
+
+
 def test_reading_ahead_changes_nothing_and_reads_no_step_twice(corpus, monkeypatch):
     """Batches that were read ahead, or asked for out of turn, or read afresh are equal."""
     part, read = loader(corpus, 4, max_steps=50), []

@@ -97,22 +97,16 @@ def test_the_four_sizes_have_their_number_of_parameters():
 def test_every_tensor_is_drawn_as_the_table_says():
     """Wide enough that a measured spread is true to 2 %: the smallest tensor that is drawn has 32,768 numbers."""
     torch.manual_seed(0)
-    model, kinds = GPT(GPTConfig(block_size=128, vocab_size=1000, n_layer=3, n_head=4, n_embd=256)), set()
+    model = GPT(GPTConfig(block_size=128, vocab_size=1000, n_layer=3, n_head=4, n_embd=256))
     for name, p in model.named_parameters():
-        kind = ".".join(name.split(".")[-2:])
-        kinds.add(kind)
-        if kind.endswith("bias"):
-            assert p.eq(0).all(), name
-        elif kind.startswith("ln_"):
-            assert p.eq(1).all(), name
+        if p.dim() == 1:
+            assert p.eq(0 if name.endswith("bias") else 1).all(), name
         else:
-            want = 0.02 / math.sqrt(6) if kind == "c_proj.weight" else 0.02  # 2 * n_layer = 6 of them add up
+            want = 0.02 / math.sqrt(6) if name.endswith("c_proj.weight") else 0.02  # 2 * n_layer = 6 of them add up
             assert p.std().item() == pytest.approx(want, rel=0.02), name
             assert abs(p.mean().item()) < 5 * want / math.sqrt(p.numel()), name
             # A normal distribution and not a uniform one: 4.6 % lie beyond two standard deviations.
             assert (p.abs() > 2 * want).float().mean().item() == pytest.approx(0.0455, abs=0.01), name
-    layers = ("c_attn", "c_fc", "c_proj", "ln_1", "ln_2", "ln_f")
-    assert kinds == {"wte.weight", "wpe.weight", *(f"{a}.{b}" for a in layers for b in ("weight", "bias"))}
 
 
 def test_loss_of_an_untrained_model_is_above_ln_v():

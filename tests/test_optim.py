@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from helpers import TINY, FakeWorld, gap, random_ids, tiny_config, tiny_model
-from train_gpt2 import (GPT, PRESETS, GPTConfig, Muon, TrainConfig, configure_optimizers, get_lr, orthogonal,
-                        train_step)
+from train_gpt2 import PRESETS, Muon, TrainConfig, configure_optimizers, get_lr, orthogonal, train_step
 
 CPU = torch.device("cpu")
 
@@ -21,15 +20,11 @@ CPU = torch.device("cpu")
 # ---- groups
 
 def test_adamw_has_gpt3s_settings_and_decays_matrices_only():
-    """GPT-2 (124M): 50 matrices, and 98 biases, gains and shifts."""
-    with torch.device("meta"):
-        model = GPT(GPTConfig())
-    [adamw] = configure_optimizers(model, TrainConfig(), torch.device("meta"))
-    assert [(len(g["params"]), sum(p.numel() for p in g["params"]), g["weight_decay"]) for g in adamw.param_groups] == [
-        (50, 124_318_464, 0.1), (98, 121_344, 0.0)]
-    [adamw] = configure_optimizers(tiny_model(), tiny_config(weight_decay=0.3, max_lr=1e-3), CPU)
+    model = tiny_model()
+    [adamw] = configure_optimizers(model, tiny_config(weight_decay=0.3, max_lr=1e-3), CPU)
     assert isinstance(adamw, torch.optim.AdamW)
-    for g, decay in zip(adamw.param_groups, (0.3, 0.0), strict=True):
+    for g, dim, decay in zip(adamw.param_groups, (2, 1), (0.3, 0.0), strict=True):
+        assert set(g["params"]) == {p for p in model.parameters() if p.dim() == dim}
         assert (g["betas"], g["eps"], g["lr"], g["weight_decay"]) == ((0.9, 0.95), 1e-8, 1e-3, decay)
         assert g["fused"] is True and not g["amsgrad"] and not g["maximize"]
 
@@ -41,13 +36,11 @@ def test_muon_gets_the_matrices_inside_the_blocks():
         muon, adamw = configure_optimizers(model, cfg, CPU, dtype)
         assert type(muon) is kind and muon.defaults["adjust_lr_fn"] == "match_rms_adamw"
         [group] = muon.param_groups
-        mine = set(group["params"])
-        assert group["weight_decay"] == 0.3 and {name for name, p in model.named_parameters() if p in mine} == {
-            f"transformer.h.{i}.{kind}.weight" for i in range(3)
-            for kind in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
+        assert set(group["params"]) == {p for p in model.transformer.h.parameters() if p.dim() == 2}
+        assert group["weight_decay"] == 0.3
         vectors = 3 * (4 + 4) + 2  # biases, gains and shifts: in three blocks and in ln_f
-        assert [(len(g["params"]), g["weight_decay"]) for g in adamw.param_groups] == [(2, 0.3), (vectors, 0.0)]
-        assert all((g["betas"], g["eps"]) == ((0.9, 0.95), 1e-8) for g in adamw.param_groups)
+        assert [(len(g["params"]), g["weight_decay"], g["betas"], g["eps"]) for g in adamw.param_groups] == [
+            (2, 0.3, (0.9, 0.95), 1e-8), (vectors, 0.0, (0.9, 0.95), 1e-8)]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -105,16 +98,14 @@ SCHEDULES = [TrainConfig(), *(TrainConfig(max_lr=1.0, min_lr=0.07, warmup_steps=
 def test_the_learning_rate_is_a_line_and_then_torchs_cosine(cfg):
     """The paper run's and shorter ones, down to a single step, and one that ends before its warm-up does."""
     warmup, steps = cfg.warmup_steps, cfg.max_steps
-    line = [cfg.max_lr * (step + 1) / warmup for step in range(min(warmup, steps))]
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=cfg.max_lr)
-    curve, cosine = [], CosineAnnealingLR(optimizer, T_max=max(1, steps - 1 - warmup), eta_min=cfg.min_lr)
-    for _ in range(steps - warmup):
-        curve.append(cosine.get_last_lr()[0])
-        optimizer.step()
+    sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=cfg.max_lr)
+    cosine = CosineAnnealingLR(sgd, T_max=max(1, steps - 1 - warmup), eta_min=cfg.min_lr)
+    want = [cfg.max_lr * (step + 1) / warmup for step in range(min(warmup, steps))]
+    while len(want) < steps:
+        want.append(cosine.get_last_lr()[0] if len(want) < steps - 1 else cfg.min_lr)
+        sgd.step()
         cosine.step()
-    if len(curve) == 1:  # warm-up up to the last step: there is no curve, only its end
-        curve = [cfg.min_lr]
-    assert [get_lr(step, cfg) for step in range(steps)] == pytest.approx(line + curve, rel=1e-9, abs=1e-12)
+    assert [get_lr(step, cfg) for step in range(steps)] == pytest.approx(want, rel=1e-9, abs=1e-12)
     assert get_lr(steps + warmup, cfg) == cfg.min_lr  # a step past the end is the last one's
 
 
@@ -165,15 +156,13 @@ def test_six_steps_equal_the_recipe_written_a_second_time(A):
     cfg = tiny_config(max_lr=1e-2, min_lr=1e-3, warmup_steps=2, max_steps=6, grad_clip=1.0)
     model, world = tiny_model().double(), FakeWorld(size=4)
     world.sum = lambda loss: loss + 30.0  # those of three other processes
-    other, start = copy.deepcopy(model), copy.deepcopy(model)
-    optimizers = configure_optimizers(model, cfg, CPU)
+    other, optimizers = copy.deepcopy(model), configure_optimizers(model, cfg, CPU)
     found = [train_step(model, optimizers, *batch(step, A), get_lr(step, cfg), cfg, world) for step in range(6)]
     losses, norms = zip(*steps_by_hand(other, 6, cfg))
     assert [loss.item() for loss, _ in found] == pytest.approx([(loss + 30) / 4 for loss in losses], abs=2e-6)
     assert [norm.item() for _, norm in found] == pytest.approx(norms, abs=1e-12)
     assert [norm > cfg.grad_clip for norm in norms] == [True] * 3 + [False] * 3
-    for p, q, before in zip(model.parameters(), other.parameters(), start.parameters(), strict=True):
-        assert gap(p, q) < 1e-10 and not torch.equal(p, before)
+    assert all(gap(p, q) < 1e-10 for p, q in zip(model.parameters(), other.parameters()))
 
 
 @pytest.mark.parametrize("clip", [0.5, 0.0, 1000.0])

@@ -26,9 +26,9 @@ README, QUESTIONS = PAGES["README.md"], PAGES["lessons/questions.md"]
 RUN_TOKENS = TrainConfig.max_steps * TrainConfig.total_batch_size
 
 
-def section(title, page=README):
+def section(title):
     """The text under a heading, up to the next one of its level."""
-    return re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)[1]
+    return re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", README, re.MULTILINE | re.DOTALL)[1]
 
 
 # ---- commands
