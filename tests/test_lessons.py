@@ -6,12 +6,14 @@ import re
 import runpy
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
 import pytest
 import torch
 
+import train_gpt2
 from conftest import ROOT
 
 LESSONS = ROOT / "lessons"
@@ -133,19 +135,19 @@ def test_the_solution_passes_the_check_and_nothing_else_does(name, capsys):
 
 # ---- the table of bugs in the README
 
-# For each lesson, what its proofs need, in order: words in a code cell, or after > code that is run as it stands.
+# For each lesson, what its proofs need after its imports: words in a cell, or after > code that is run as it stands.
 CELLS = {
     3: ">T, C = 8, 32 | >x = torch.randn(2, T, C) | def causal_weights( | class Head( | >head = shake(Head(C)) | "
        "torch.autograd.grad(head(",
     4: ">V, B, T, C, nh = 9, 2, 8, 32, 4 | >x = torch.randn(B, T, C) | class Config: | class CausalSelfAttention( | "
        "class MLP( | attn = shake(CausalSelfAttention( | >mine = shake(MLP(Config(n_embd=C))) | "
-       ">part = train_gpt2.MLP(GPTConfig(n_embd=C)) | >part.load_state_dict(mine.state_dict()) | "
+       ">part = train_gpt2.MLP(train_gpt2.GPTConfig(n_embd=C)) | >part.load_state_dict(mine.state_dict()) | "
        ">compare('our MLP and train_gpt2', part(x), mine(x), 1e-5)",
     6: ">V, twin, x = 30, True, torch.arange(8)[None] | class GPT(nn.Module) | "
        ">from transformers import GPT2Config, GPT2LMHeadModel | >small = dict(vocab_size=V, n_layer=2, n_embd=16) | "
        ">theirs = GPT2LMHeadModel(GPT2Config(n_positions=8, n_head=2, **small)).eval() | "
        ">ours = GPT(GPTConfig(block_size=8, n_head=2, **small)) | "
-       ">turned = {name for name in theirs.state_dict() if re.search('[.]c_.*weight', name)} | "
+       ">turned = {name for name in theirs.state_dict() if '.c_' in name and name.endswith('weight')} | "
        ">want = with_dropout = theirs(x).logits.detach() | def import_weights( | def plant( | def gap( | "
        ">plant('nothing')  # on plain weights | >compare('logits', ours(x), want, 1e-4) | >shake(theirs, std=0.2) | "
        ">import_weights(ours, theirs, turned=turned) | >plant('nothing')  # on shaken ones | "
@@ -153,16 +155,15 @@ CELLS = {
     7: ">V = 512 | >model = GPT(GPTConfig(vocab_size=V, n_layer=12, n_embd=192)) | def init_by_hand( | "
        ">init_by_hand(model) | kinds = {} | small = GPTConfig( | def predicted_loss( | def spread( | def unscale( | "
        "def untie( | def step0( | bugs = { | good, unscaled, untied =",
-    9: ">CPU, shape = torch.device('cpu'), dict(block_size=8, vocab_size=9, n_layer=2, n_head=2, n_embd=8) | "
+    9: ">shape = dict(block_size=8, vocab_size=9, n_layer=2, n_head=2, n_embd=8) | "
        ">paper, cfg = TrainConfig(), TrainConfig(**shape) | >model = shake(GPT(cfg)) | "
        ">x = y = torch.arange(64).view(8, 8) % 9 | def lr_by_hand( | short = TrainConfig( | "
        "def gradient(m, x, y, A | exact = copy.deepcopy(model).double() | "
        "def who_decays( | right = who_decays(",
     10: "scratch = tempfile.TemporaryDirectory() | def old_rule( | def together(",
-    11: "scratch = tempfile.TemporaryDirectory() | def write_ruler( | everything = corpus | def loader( | "
-        "def whole_step(",
+    11: "def write_ruler( | everything = corpus | def loader( | def whole_step(",
     12: ">cfg = TrainConfig(block_size=16, vocab_size=50, n_layer=1, n_head=1, n_embd=16, dtype='float32') | "
-        ">folder, ledger, model, world = None, {}, shake(GPT(cfg)), World(cfg) | "
+        ">folder, model, world = None, GPT(cfg), train_gpt2.World(cfg) | "
         ">rows = torch.arange(80).unfold(0, 17, 1) % 50 | "
         ">val_text = SimpleNamespace(n_windows=64, windows=lambda numbers: rows[list(numbers)]) | "
         "def val_loss( | fork = copy.deepcopy(model) | compare(\"evaluate_loss, twice\"",
@@ -192,25 +193,18 @@ BUGS = [
     ("an evaluation left in train mode", 12, "first = train_gpt2.evaluate_loss(fork, val_text, 16, few, world)[0]",
      "first = val_loss(fork, 64)"),
 ]
-IMPORTS = """import copy, math, re, tempfile, torch, train_gpt2
-import numpy as np, torch.nn as nn, torch.nn.functional as F
-from dataclasses import dataclass
-from pathlib import Path
-from types import SimpleNamespace
-from helpers import ROOT, compare, shake
-from train_gpt2 import *
-ledger = []"""
 
 
 @functools.cache
 def run_cells(number, old="", new=""):
-    cells, names = read(NOTEBOOKS[number - 1])[0], {}
+    cells, _ = read(NOTEBOOKS[number - 1])
     sources = [words[1:] if words[0] == ">" else next(cell.source for cell in cells if words in cell.source)
-               for words in CELLS[number].split(" | ")]
+               for words in ("from helpers import", *CELLS[number].split(" | "))]
     if old and "\n".join(sources).count(old) != 1:
         raise LookupError(f"lesson {number} should say once: {old}")
+    names = dict(Path=Path, SimpleNamespace=SimpleNamespace, train_gpt2=train_gpt2, ledger=[])
     torch.manual_seed(0)
-    for source in [IMPORTS, *sources]:
+    for source in sources:
         exec(source.replace(old, new), names)
 
 

@@ -141,7 +141,7 @@ def n_params(name="gpt2", **changes):
         return GPT(GPTConfig(**shape, **changes)).num_params()
 
 
-C, V, LAYERS, HEADS, SEEN = 768, 50257, 12, 12, 1024
+C, V, HEADS, SEEN = 768, 50257, 12, 1024
 # Words of the file, the number that they state, and the same number worked out. Change one, and look at both.
 NUMBERS = [
     ("saves 38.6M of", 38.6e6, V * C),
