@@ -1,9 +1,12 @@
 """The picture of a log: what is read, what is drawn, where GPT-2's lines belong, and how the script fails."""
 import json
+import os
 import runpy
 import sys
+from pathlib import Path
 
 import pytest
+from matplotlib.image import imread
 
 from conftest import ROOT
 from fineweb import UserError
@@ -13,11 +16,17 @@ import plot_log  # noqa: E402
 from plot_log import GPT2_124M, PUBLIC_RUNS, draw_logs, main, read_log  # noqa: E402
 
 # Nothing here only rises or only falls, and no stream's last value is its best: a legend can't be right by accident.
+# Out of order, and with streams that belong to no picture and values that are no numbers, which are left out.
 VAL, HELLA = {0: 9.5, 100: 4.25, 200: 3.0625, 300: 3.75}, {0: 0.25, 100: 0.375, 200: 0.3125}
 TRAIN = {0: 9.25, 1: 8.0, 150: 3.5, 300: 3.875}
+UNEVEN = "\n".join([f"{step} {stream} {value}" for stream, points in (("val", VAL), ("train", TRAIN), ("hella", HELLA))
+                    for step, value in sorted(points.items(), key=lambda p: -p[0] % 7)]) + """
+300 lr 6e-05\n0 lr 8.4e-07\n0 norm 3.5\n300 norm 0.5\n0 tok/s 1234567.8\n300 tok/s 1.2e+06
+200 acc 0.9\n200 hella_norm 0.8\n200 hella_chars 0.7\n400 val nan\n7 train inf
+"""
 
 
-def write_log(folder, text, **config):
+def write_log(folder, text=UNEVEN, **config):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "log.txt").write_bytes(text.encode())
     if config:
@@ -25,29 +34,16 @@ def write_log(folder, text, **config):
     return folder
 
 
-def uneven_log():
-    """The curves above, out of order, with learning rate, norm and tok/s, streams that belong to no picture, and values
-    that are no numbers, which are left out."""
-    lines = [f"{step} {stream} {value}" for stream, points in (("val", VAL), ("train", TRAIN), ("hella", HELLA))
-             for step, value in sorted(points.items(), key=lambda p: -p[0] % 7)]
-    lines += ["300 lr 6e-05", "0 lr 8.4e-07", "0 norm 3.5", "300 norm 0.5", "0 tok/s 1234567.8", "300 tok/s 1.2e+06",
-              "200 acc 0.9", "200 hella_norm 0.8", "200 hella_chars 0.7", "400 val nan", "7 train inf"]
-    return "".join(line + "\n" for line in lines)
+def panels(logs):
+    """What draw_logs draws -> {name: panel}."""
+    titles = {title: name for name, title in plot_log.TITLES.items()}
+    return {titles[panel.get_title()]: panel for panel in draw_logs(logs).axes}
 
 
-def panels(figure):
-    return {name: panel for name, title in plot_log.TITLES.items() for panel in figure.axes
-            if panel.get_title() == title}
-
-
-def curves(panel):
-    """The [(step, value)] of each curve; the straight lines across the panel are in `baselines`."""
+def curves(panel, across=False):
+    """The [(step, value)] of each curve, or of each straight line across the panel."""
     return [[tuple(map(float, xy)) for xy in line.get_xydata()] for line in panel.lines
-            if list(line.get_xdata()) != [0, 1]]
-
-
-def baselines(panel):
-    return [line.get_ydata()[0] for line in panel.lines if list(line.get_xdata()) == [0, 1]]
+            if (list(line.get_xdata()) == [0, 1]) == across]
 
 
 def legend(panel):
@@ -59,7 +55,7 @@ def legend(panel):
 def test_the_last_value_of_a_step_counts_and_half_a_line_does_not(tmp_path):
     text = ("0 val 10.9522\n0 train 10.955009\n1 train 10.85\n2 train 9.5\n"
             "1 train 8.25\n1 val 7e-05\r\n"            # resumed from step 1; and Windows has been here
-            "2 train 1.2.3\n2 train\nhello there you\n-3 train 4\n3 train 5 6\n\n"
+            "2 train 1.2.3\n2 train\nhello there you\n-3 train 4\n\n"
             "3 lr -0.5\n4 lr 6.0e-4\n5 norm inf\n6 tok/s 1.2e+06\n7 tok/s 3812345.6\n8 train 3.4")  # killed here
     values, config = read_log(write_log(tmp_path, text))
     assert config == {} and values == {
@@ -74,20 +70,18 @@ def test_a_public_runs_log_is_read(real_data):
     for line in (real_data / "logs/gpt2_124M_fineweb_edu_10B_log.txt").read_text().splitlines():
         step, stream, value = line.split()
         expected.setdefault(stream, {})[int(step)] = float(value)
-    values, config = read_log(real_data / "logs")
-    assert values == expected and config == {} and len(values["train"]) == 19073
-    for stream, name in (("val", "loss"), ("hella", "hella")):
+    assert read_log(real_data / "logs") == (expected, {}) and len(expected["train"]) == 19073
+    for stream, name, digits in ("val", "loss", 3), ("hella", "hella", 4):
         for step, value in PUBLIC_RUNS["sukhvir-notra/gpt2"][name].items():
-            assert values[stream][step] == pytest.approx(value, abs=6e-4 if name == "loss" else 6e-5)
+            assert expected[stream][step] == pytest.approx(value, abs=0.6 * 10 ** -digits)
 
 
 # ---- drawing
 
 def test_each_number_is_drawn_once_and_the_legend_has_the_last_of_the_curve(tmp_path):
-    a = read_log(write_log(tmp_path / "a", uneven_log(), data_dir="data/mine", vocab_size=50304))
+    a = read_log(write_log(tmp_path / "a", data_dir="data/mine", vocab_size=50304))
     b = read_log(write_log(tmp_path / "b", "7 val 3.5\n3 val 3.25\n5 train 4\n0 norm nan\n"))
-    shown = panels(draw_logs({"a": a, "b": b}))
-    assert list(shown) == ["loss", "hella", "lr", "norm", "tok/s"]
+    shown = panels({"a": a, "b": b})
     assert {name: curves(panel) for name, panel in shown.items()} == dict(
         loss=[sorted(TRAIN.items()), sorted(VAL.items()), [(5, 4)], [(3, 3.25), (7, 3.5)]],
         hella=[sorted(HELLA.items())],                                # acc_norm, and no other of the three scores
@@ -104,67 +98,52 @@ def test_each_number_is_drawn_once_and_the_legend_has_the_last_of_the_curve(tmp_
     (dict(data_dir="/home/edu/data/tinystories", vocab_size=50304), False),  # another text
     (dict(data_dir="data/edu_fineweb10B", vocab_size=1024), False)])  # another vocabulary
 def test_gpt2s_lines_stand_where_they_mean_something(tmp_path, config, comparable):
-    log = read_log(write_log(tmp_path / "log", uneven_log(), **config))
     longer = read_log(write_log(tmp_path / "longer", "5000 val 3\n", data_dir="data/other"))
-    shown = panels(draw_logs({"log": log, "longer": longer}))
-    assert baselines(shown["loss"]) == [3.2924] * comparable
-    assert baselines(shown["hella"]) == [0.294463, 0.337] * comparable
-    lines = ["GPT-2 (124M): 3.2924", *PUBLIC_RUNS] * comparable
-    assert [label for label in legend(shown["loss"]) if "log" != label.split(":")[0] != "longer"] == lines
-    for name in ("loss", "hella"):
+    shown = panels({"log": read_log(write_log(tmp_path / "log", **config)), "longer": longer})
+    for name, lines in ("loss", [3.2924]), ("hella", [0.294463, 0.337]):
+        assert [line[0][1] for line in curves(shown[name], across=True)] == lines * comparable
         points = [tuple(map(float, xy)) for c in shown[name].collections for xy in c.get_offsets()]
         assert points == [(step, run[name][step]) for run in PUBLIC_RUNS.values() for step in run[name]
                           if step <= 300] * comparable                # no further than the run that they stand beside
+    assert legend(shown["loss"])[2:] == ["GPT-2 (124M): 3.2924", *PUBLIC_RUNS] * comparable
 
 
 def test_the_lines_are_the_figures_of_the_readme():
     """The table of the two public runs, and GPT-2's loss, stand in the README as well."""
     readme = (ROOT / "README.md").read_text()
     assert str(GPT2_124M["loss"]) in readme
-    head = next(line for line in readme.splitlines() if line.startswith("| step |"))
-    for name, points in PUBLIC_RUNS.items():
-        row = next(line for line in readme.splitlines() if line.startswith(f"| {name}"))
-        cells = [cell.strip() for cell in row.strip("| \n").split("|")][1:]
-        for step, cell in zip([int(c) for c in head.strip("| ").split("|")[1:]], cells, strict=True):
+    head, *rows = ([cell.strip() for cell in line.strip("| ").split("|")] for line in readme.splitlines()
+                   if line.startswith(("| step |", *(f"| {name}" for name in PUBLIC_RUNS))))
+    for points, row in zip(PUBLIC_RUNS.values(), rows, strict=True):
+        for step, cell in zip(map(int, head[1:]), row[1:], strict=True):
             loss, _, hella = cell.partition(" / ")
-            assert points["loss"][step] == float(loss)
-            assert points["hella"].get(step) == (float(hella) if hella else None)
-    drawn = panels(draw_logs({name: ({"val": run["loss"]}, {}) for name, run in PUBLIC_RUNS.items()}))
+            assert (points["loss"][step], points["hella"].get(step)) == (float(loss), float(hella) if hella else None)
+    drawn = panels({name: ({"val": run["loss"]}, {}) for name, run in PUBLIC_RUNS.items()})
     assert len(drawn["loss"].lines) == 3 and not drawn["loss"].collections  # as a log each is drawn once
 
 
 # ---- the script
 
-def test_the_script_draws_without_a_screen_and_fails_in_one_line(tmp_path, monkeypatch, capsys):
-    """So without pyplot, which may look for one."""
-    from matplotlib.image import imread
+def test_the_script_draws_without_a_screen_beside_the_first_log_or_where_it_is_told(tmp_path, monkeypatch, capsys):
+    """So without pyplot, which may look for a screen."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    write_log(tmp_path / "log", uneven_log())
+    write_log(Path("a")), write_log(Path("b"))
 
-    def run(word):
-        monkeypatch.setattr(sys, "argv", ["plot_log.py", word])
-        runpy.run_path(str(ROOT / "lessons/plot_log.py"), run_name="__main__")
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["plot_log.py", *words])
+        runpy.run_path(plot_log.__file__, run_name="__main__")
         return capsys.readouterr()
 
-    assert run("log/log.txt") == ("wrote log/log.png\n", "")
-    assert {file.name for file in (tmp_path / "log").iterdir()} == {"log.txt", "log.png"}
-    assert imread("log/log.png").shape[1] == 1600
+    assert run("a/log.txt") == ("wrote a/log.png\n", "") and imread("a/log.png").shape[1] == 1600
+    assert run("b", "a").out == "wrote b/log.png\n" and sorted(os.listdir("b")) == ["log.png", "log.txt"]
+    run("a", "b/log.txt", "--out", "both.svg")
+    picture = Path("both.svg").read_text()
+    assert "<!-- a: 3.7500 -->" in picture and "<!-- b/log.txt: 3.7500 -->" in picture
     with pytest.raises(SystemExit, match="2"):
         run("nowhere")
     said = capsys.readouterr()
     assert said.out == "" and said.err.startswith("plot_log.py: nowhere: no log.txt") and said.err.count("\n") == 1
-
-
-def test_several_logs_and_a_place_for_the_picture(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    seen = []
-    monkeypatch.setattr(plot_log, "draw_logs", lambda logs, draw=draw_logs: seen.append(list(logs)) or draw(logs))
-    for name in "abc":
-        write_log(tmp_path / name, "0 val 9\n")
-    assert main(["a", "b", "c/log.txt"]).samefile("a/log.png")
-    assert main(["b", "--out", "x.svg"]).read_text().startswith("<?xml")
-    assert seen == [["a", "b", "c/log.txt"], ["b"]]
 
 
 @pytest.mark.parametrize("words, message", [
@@ -177,9 +156,9 @@ def test_several_logs_and_a_place_for_the_picture(tmp_path, monkeypatch):
     (["a"], "pip install matplotlib")])
 def test_bad_input_is_one_line(tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
-    write_log(tmp_path / "a", "0 val 9\n")
-    write_log(tmp_path / "empty", "no log\n7 train 3.4")
-    (write_log(tmp_path / "bad", "0 val 9\n") / "config.json").write_text("[1,")
+    write_log(Path("a"))
+    write_log(Path("empty"), "no log\n7 train 3.4")
+    (write_log(Path("bad")) / "config.json").write_text("[1,")
     if "matplotlib" in message:
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match=message) as caught:
