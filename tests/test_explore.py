@@ -157,13 +157,13 @@ def test_what_is_remembered_equals_what_is_computed_anew_and_no_more_is_computed
 def test_what_it_draws_from_is_what_generate_draws_from(made):
     model, tokenizer, page = made
     logits = reference(model, tokenizer.encode_ordinary("Return the"))[0][-1]
-    for temperature, top_k in (1.0, N_VOCAB), (0.7, 5), (1.6, 50):
-        kept = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
-        ours = node(page, "const [text, ...how] = given;"
-                    "return explorer.distribution(explorer.run(explorer.encode(text)).next, ...how)",
-                    ["Return the", temperature, top_k])
-        close([p for _, p in ours], (kept / temperature).softmax(-1).sort(descending=True).values[:top_k], 1e-5)
-    greedy = node(page, "return explorer.distribution(explorer.run(explorer.encode(given)).next, 0, 50)", "Return the")
+    ways = [(1.0, N_VOCAB), (0.7, 5), (1.6, 50), (0, 50)]
+    *drawn, greedy = node(page, """const { next } = explorer.run(explorer.encode("Return the"));
+                                   return given.map(way => explorer.distribution(next, ...way))""", ways)
+    for (temperature, top_k), ours in zip(ways, drawn):
+        kept = logits.topk(top_k)
+        assert [id for id, _ in ours] == kept.indices.tolist()
+        close([p for _, p in ours], (kept.values / temperature).softmax(-1), 1e-5)
     assert greedy == [[int(logits.argmax()), 1]]
 
 
