@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 import hellaswag
 from conftest import ROOT
 from fineweb import UserError, load_tokenizer, save_tokenizer
-from hellaswag import evaluate, evaluating, iterate_examples, plain_score, render_example, score
+from hellaswag import evaluate, iterate_examples, plain_score, render_example, score
 from helpers import run_worlds, tiny_model
 
 FIXTURE = Path(__file__).with_name("hellaswag_fixture.jsonl")
@@ -41,12 +41,6 @@ def tiny_gpt(block_size=1024, vocab_size=384, n_vocab=257):
 @pytest.fixture(scope="module")
 def model():
     return tiny_gpt()
-
-
-def to_transformers(model, folder):
-    from transformers import AutoModelForCausalLM
-    model.save_pretrained(folder)
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
 def reference_log_p(model, context, ending):
@@ -104,6 +98,7 @@ def test_the_harness_cuts_one_string(harness, ctx_b, context, endings):
 @pytest.mark.parametrize("vocabulary, block_size", [("bytes", 1024), ("bytes", 150), ("bytes", 24), ("gpt2", 1024)])
 def test_scores_are_those_of_transformers_and_of_the_plain_way(examples, vocabulary, block_size, tmp_path, request):
     """Of a long text the last block_size + 1 tokens count, as in the harness, and the last of them is not read."""
+    from transformers import AutoModelForCausalLM
     given, model, encode = BYTES, tiny_gpt(block_size), BYTES.encode_ordinary
     if vocabulary == "gpt2":  # which is the default; and real questions, ActivityNet's and WikiHow's
         given, model = None, tiny_gpt(vocab_size=50304, n_vocab=50257)
@@ -111,7 +106,8 @@ def test_scores_are_those_of_transformers_and_of_the_plain_way(examples, vocabul
         folder = request.getfixturevalue("real_data")
         real = list(iterate_examples(path=folder / "hellaswag" / "hellaswag_val_1000.jsonl"))
         examples = real[:5] + real[-5:]
-    theirs = to_transformers(model, tmp_path)
+    model.save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     sums, counts = score(model, examples, given)
     for example, ours, n in zip(examples, sums, counts):
         endings = [encode(" " + ending) for ending in example["endings"]]
