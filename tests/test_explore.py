@@ -83,7 +83,8 @@ def reference(model, ids, off=()):
     for layer, part in (name.split(".") for name in off):
         block = less.transformer.h[int(layer)]
         if part == "mlp":
-            block.mlp.c_proj.weight.zero_(), block.mlp.c_proj.bias.zero_()
+            for p in block.mlp.c_proj.parameters():
+                p.zero_()
         else:
             block.attn.c_proj.weight[:, int(part) * hs:(int(part) + 1) * hs].zero_()
     with tempfile.TemporaryDirectory() as folder:

@@ -128,7 +128,8 @@ def test_the_script_draws_without_a_screen_beside_the_first_log_or_where_it_is_t
     """So without pyplot, which may look for a screen."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    write_log(Path("a")), write_log(Path("b"))
+    for name in "ab":
+        write_log(Path(name))
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["plot_log.py", *words])
