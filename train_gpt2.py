@@ -11,48 +11,43 @@ GPT-2 (124M), reproduced: the model and its training in one file that is meant t
 
 A map. Sections 1 to 8 are GPT-2 and how it is trained. They end at a line. Below it stands what a run needs on real
 machines: several GPUs, interruptions, the command line. Skip that on a first reading.
-
-    1  the model       attention, MLP, block, GPT: a hundred lines of code are the whole network
+    1  the model       attention, MLP, block, GPT, and generate: a hundred lines of code are the whole network
     2  weights         OpenAI's parameters in, ours out in Hugging Face's layout
     3  data            shards -> windows -> one order, the same for any number of GPUs
     4  optimizer       which parameters get weight decay, AdamW, Muon, and the learning rate over time
     5  settings        every setting of a run, in which unit and why, and the presets
     6  one step        accumulate, average over processes, clip, update
     7  evaluation      a val loss that counts tokens, and samples
-    8  the run         build everything, then one loop
+    8  the run         build everything, then one loop: what is logged, saved and evaluated, and when
     9  processes       one GPU or many, which number format, how many rows fit into memory
     10 log, checkpoints    what is written, and how a killed run continues
     11 command line    how flags are read, where models come from, and the actions eval, sample, export
 
 Letters for the sizes of tensors, used everywhere below, with their values in GPT-2 (124M):
-
     B  rows in a micro-batch, each a separate text       T  tokens in a row, at most block_size = 1024
     C  channels, n_embd = 768                            V  vocabulary, 50257 (padded to 50304 in training)
     nh attention heads, 12                               hs width of a head, C / nh = 64
     A  micro-batches accumulated into one step           W  processes, one per GPU
 
-The model is that of Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), section 2.3.
-Where that paper is silent about training, we follow Brown et al., "Language Models are Few-Shot Learners" (2020),
-appendix B, called "GPT-3" below. build-nanogpt is Karpathy's reproduction (2024), with whose curves ours compare.
+The model is that of Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), section 2.3, and its
+training that of Brown et al., "Language Models are Few-Shot Learners" (2020), appendix B, called "GPT-3" below.
 """
 import argparse
 import contextlib
 import functools
 import io
-import json
 import math
 import os
 import re
 import signal
 import sys
 import time
-import typing
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -64,14 +59,12 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import fineweb
 import hellaswag
 from fineweb import UserError, insist, load_tokenizer, open_shards, read_json, read_meta, write_file
-from hellaswag import evaluating
-
 
 # ----------------------------------------------------------------------------------------------- 1. the model
-# Ids in, logits out. Each id is looked up as a vector of C numbers: what it means, plus where it stands. Then, twelve
-# times over, each position looks at the positions before it and processes what it saw. Both results are added to its
-# vector, which is why that vector is called the residual stream. At the end it is compared with the vector of every
-# id in the vocabulary: the better the two match, the more probable that id is as the next one.
+# Ids in, logits out: a score for every id of the vocabulary. Each id is looked up as a vector of C numbers: what it
+# means, plus where it stands. Then, twelve times over, each position looks at itself and those before it, and processes
+# what it saw. What comes out of both is added to its vector, which is called the residual stream. At the end that is
+# compared with the vector of every id: the better the two match, the higher the score of that id as the next one.
 
 @dataclass
 class GPTConfig:
@@ -106,9 +99,9 @@ class CausalSelfAttention(nn.Module):
         #     att = att.masked_fill(torch.ones(T, T).tril() == 0, -math.inf)   # no token sees a later one
         #     att = F.softmax(att, dim=-1)                                     # each row sums to 1
         #     y = att @ v                                                      # (B, nh, T, hs)
-        # With entries of variance 1, a sum of hs products has variance hs and would saturate softmax: hence the square
-        # root. The four lines store T x T weights per head, 50 MB a row and layer in float32 at T = 1024. The fused
-        # kernel ("flash attention", Dao et al. 2022) computes the same piece by piece and never stores them.
+        # With entries of variance 1, a sum of hs products has variance hs, and softmax would give nearly all weight to
+        # one token: hence the square root. The four lines store T x T weights per head, 50 MB per layer and row in
+        # float32 at T = 1024. The fused kernel ("flash attention", Dao et al. 2022) never stores them.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)      # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)                           # (B, T, C)
         return self.c_proj(y)
@@ -120,8 +113,8 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        # The tanh form of GELU was chosen for speed, and OpenAI's weights were trained with it. The exact form
-        # changes the logits too little to notice, and enough to fail a comparison.
+        # GELU is a ReLU with a smooth bend. OpenAI's weights were trained with its tanh form. The exact form changes
+        # the logits too little to notice, and enough to fail a comparison.
         self.gelu = nn.GELU(approximate="tanh")
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
@@ -131,7 +124,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Communicate, then compute. Both only ADD to x, so a straight path leads from the loss to the embedding."""
+    """Communicate, then compute. Both only ADD to x, so a straight path leads from the last block to the embedding."""
 
     def __init__(self, config):
         super().__init__()
@@ -141,8 +134,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x):
-        # The first Transformer normalized the sum, and so the path itself. GPT-2 normalizes what goes into each
-        # part, and leaves the path from a block's input to its output free.
+        # A LayerNorm brings each vector to mean 0 and variance 1, then scales and shifts its channels as learned. The
+        # first Transformer normalized the sum, and so the path itself. GPT-2 normalizes what goes into each part.
         x = x + self.attn(self.ln_1(x))                                  # (B, T, C)
         x = x + self.mlp(self.ln_2(x))                                   # (B, T, C)
         return x
@@ -161,33 +154,27 @@ class GPT(nn.Module):
             ln_f=nn.LayerNorm(config.n_embd),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        # One matrix for reading and for writing: tokens with similar meanings are similar as input and as output. It
-        # saves 38.6M of what would be 163M parameters.
+        # One matrix reads and writes: what is alike as input is alike as output. It saves 38.6M of 163M parameters.
         self.lm_head.weight = self.transformer.wte.weight
-        # A run pads the vocabulary to a multiple of 128, a size that GPUs are fast with. n_vocab then becomes the
-        # number of ids that its tokenizer can decode: generate must never draw one of the rest.
+        # A run pads the vocabulary to a multiple of 128, a size that GPUs are fast with, and sets n_vocab to the number
+        # of ids that its tokenizer knows: generate draws only those.
         self.n_vocab = config.vocab_size
         self.eot = self.n_vocab - 1  # the id of <|endoftext|>, which stands in front of every document
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """Draw every parameter once: N(0, 0.02), less for what adds to the residual stream; biases 0, LayerNorms' 1.
-
-        OpenAI's code draws wpe from N(0, 0.01). We keep to 0.02, as Hugging Face and most reproductions do.
-        """
+        """Matrices are drawn with a standard deviation of 0.02, or less; biases begin at 0, LayerNorms' weights at 1.
+        (OpenAI's code draws wpe with 0.01. We keep to 0.02, as Hugging Face and most reproductions do.)"""
         for name, p in self.named_parameters():  # the tied matrix comes once, as wte.weight
             if name.endswith("c_proj.weight"):
-                # 2 * n_layer projections are added to the residual stream, and the standard deviation of a sum of n
-                # independent terms grows like sqrt(n). Divided by that, the stream has the same size at any depth
-                # (GPT-2, section 2.3).
+                # 2 * n_layer of these add up, and the spread of a sum of n terms grows like sqrt(n). Drawn smaller by
+                # that, they let the stream end as large in a deep model as in a shallow one (GPT-2, section 2.3).
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
             elif name.endswith(".bias"):
                 nn.init.zeros_(p)
-            else:
-                nn.init.ones_(p)
 
     def hidden(self, idx):
         """Ids (B, T), T at most block_size -> the residual stream after the last norm, (B, T, C)."""
@@ -201,27 +188,23 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None):
         """Ids (B, T), and the ids that really followed, (B, T) -> logits (B, T, V), and the mean loss in nats or None.
-
-        A target of -100 is left out of the mean. With targets the logits are detached: a further loss belongs here.
-        """
+        A target of -100 is left out of the mean. A further loss belongs here, under `if self.training`."""
         logits = self.lm_head(self.hidden(idx))                          # (B, T, V)
         if targets is None:
             return logits, None
-        # The logits at position t predict token t + 1, so each row is T examples at once. Fresh weights score about
-        # ln V + s^2/2, where s = 0.02 sqrt(C) is the spread of the logits: 10.98 for 124M, not ln V = 10.82.
+        # The logits at position t predict token t + 1, so each row is T examples at once. Fresh weights have a loss of
+        # about ln V + s^2/2, with s = 0.02 sqrt(C) the logits' standard deviation: 10.98 for 124M, not ln V = 10.82.
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # ()
         # Detached, or a compiled backward pass would add a (B, T, V) tensor of zeros for them: gigabytes.
         return logits.detach(), loss
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, stop=None):
-        """Continue each row of idx (B, T) by up to max_new_tokens ids -> (B, T + new). For each, the whole row is read.
-
+        """Continue each row of idx (B, T) by up to max_new_tokens ids -> (B, T + new). Each takes a whole forward pass.
         temperature  1 draws as the model says, less is tamer, 0 always takes the most probable id
         top_k        draw among the k most probable ids only
         generator    a torch.Generator on the model's device, which makes the draws repeatable
-        stop         an id (<|endoftext|>) that ends a row; it then fills the row until all rows have ended
-        """
+        stop         an id (<|endoftext|>) that ends a row; it then fills the row until all rows have ended"""
         done = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)  # (B, 1)
         for _ in range(max_new_tokens):
             context = idx[:, -self.config.block_size:]  # wpe has no row for later positions
@@ -248,77 +231,63 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     # ----------------------------------------------------------------------------------- 2. OpenAI's weights
-    # The proof that the classes above are GPT-2: OpenAI's parameters fit into them, name by name, and give the same
-    # logits as Hugging Face's implementation. The way back lets all tools for Hugging Face models use what we train.
+    # OpenAI's parameters fit into the classes above, name by name, and give the same logits as Hugging Face's
+    # implementation. The way back lets all tools for Hugging Face models use what we train.
 
     @classmethod
     def from_pretrained(cls, name_or_folder):
         """The model of a name on the Hugging Face hub ("gpt2", "gpt2-xl", "OWNER/NAME") or of a local folder.
-
-        Only config.json and *.safetensors are read: neither can hold code. UserError if they don't hold a GPT-2.
-        """
+        Only config.json and *.safetensors are read: neither can hold code. UserError if they don't hold a GPT-2."""
         from transformers import GPT2Config, GPT2LMHeadModel, logging
         logging.set_verbosity_error()  # what is wrong with a folder is said below, in one line
         folder = fetch_pretrained(name_or_folder)
         try:
             c = GPT2Config.from_pretrained(folder)
             wrong = [f"{key} is {getattr(c, key)!r}" for key, value in HF_CONFIG.items() if getattr(c, key) != value]
-            if not wrong:
-                hf, report = GPT2LMHeadModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32,
-                                                             output_loading_info=True)
-                # Tensors missing or unknown. Older files hold the causal mask too; mind the dot: c_attn.bias counts.
-                wrong = sorted(f"{name} missing or unknown" for names in report.values() for name in names
-                               if not name.endswith((".attn.bias", ".attn.masked_bias")))
-                wrong += ["lm_head and wte differ"] * (not torch.equal(hf.lm_head.weight, hf.transformer.wte.weight))
+            insist(not wrong, ", ".join(wrong))
+            hf, report = GPT2LMHeadModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32,
+                                                         output_loading_info=True)
+            # Older files also hold the causal mask, as attn.bias. The dot keeps c_attn.bias, a parameter, in view.
+            wrong = sorted(f"{name} missing or unknown" for names in report.values() for name in names
+                           if not name.endswith((".attn.bias", ".attn.masked_bias")))
+            insist(not wrong, ", ".join(wrong[:3]))
+            insist(torch.equal(hf.lm_head.weight, hf.transformer.wte.weight), "lm_head and wte differ")
         except Exception as error:  # no such file, a damaged one, a wrong shape: each library has its own class
-            raise UserError(f"{folder} holds neither a checkpoint (ckpt_*.pt) nor a GPT-2 in Hugging Face's layout "
-                            f"with safetensors ({fineweb.one_line(error)})") from error
-        insist(not wrong, f"{folder} is not a GPT-2 as OpenAI released it: {', '.join(wrong[:3])}")
+            raise UserError(f"{folder} holds no checkpoint (ckpt_*.pt), and no GPT-2 as OpenAI released it, in Hugging "
+                            f"Face's layout with safetensors ({fineweb.one_line(error)})") from error
         model = cls(GPTConfig(block_size=c.n_positions, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head,
                               n_embd=c.n_embd))
-        stored = dict(hf.named_parameters())
-        assert stored.keys() == dict(model.named_parameters()).keys(), "a changed network is not OpenAI's any more"
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                # OpenAI computed x @ W, inputs first; nn.Linear computes x @ W.T. So these four kinds of matrices
-                # arrive transposed. Three are rectangular and would crash if we forgot; attn.c_proj is square and
-                # would load silently, which is why the tests compare logits and not shapes.
-                p.copy_(stored[name].t() if is_conv1d(name) else stored[name])
+        # OpenAI computed x @ W, nn.Linear computes x @ W.T: four kinds of matrices arrive transposed. Three would crash
+        # if we forgot. attn.c_proj, which is square, would load silently: so the tests compare logits, not shapes.
+        model.load_state_dict({name: p.t() if name.endswith(CONV1D) else p for name, p in hf.state_dict().items()})
         if c.eos_token_id is not None and c.eos_token_id < c.vocab_size:
             model.eot = c.eos_token_id
         return model
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors, as GPT2LMHeadModel.from_pretrained(folder) or ours reads them.
-
-        The inverse of from_pretrained, except that the rows of wte that only pad the vocabulary are dropped.
-        """
+        The inverse of from_pretrained, except that the rows of wte that only pad the vocabulary are dropped."""
         from transformers import GPT2Config, GPT2LMHeadModel
         c = self.config
-        with torch.device("meta"):  # the structure alone: no memory, and no drawing of random weights
-            hf = GPT2LMHeadModel(GPT2Config(
-                **HF_CONFIG, vocab_size=self.n_vocab, n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head,
-                n_embd=c.n_embd, bos_token_id=self.eot, eos_token_id=self.eot, resid_pdrop=0.0, embd_pdrop=0.0,
-                attn_pdrop=0.0))
-        weights = {name: p[:self.n_vocab] if name == "transformer.wte.weight" else p.t() if is_conv1d(name) else p
-                   for name, p in self.named_parameters()}
-        weights = {name: w.detach().float().cpu().contiguous() for name, w in weights.items()}
-        weights["lm_head.weight"] = weights["transformer.wte.weight"]
-        hf.load_state_dict(weights, assign=True)
-        hf.tie_weights()
+        hf = GPT2LMHeadModel(GPT2Config(
+            **HF_CONFIG, vocab_size=self.n_vocab, n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head,
+            n_embd=c.n_embd, bos_token_id=self.eot, eos_token_id=self.eot, resid_pdrop=0.0, embd_pdrop=0.0,
+            attn_pdrop=0.0))
+        weights = {name: p[:self.n_vocab] if name.endswith(("wte.weight", "lm_head.weight")) else
+                   p.t() if name.endswith(CONV1D) else p for name, p in self.state_dict().items()}
+        assert torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]), "an untied head"
+        hf.load_state_dict(weights)
         hf.save_pretrained(folder)
 
 
-# The config.json of exactly the network above.
+# What config.json says of every GPT-2, besides its sizes.
 HF_CONFIG = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5, n_inner=None,
                  scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False,
                  tie_word_embeddings=True)
 
 
-def is_conv1d(name):
-    """Is this one of the four matrices of a block that GPT-2's checkpoint stores as (inputs, outputs)?"""
-    return name.endswith(("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"))
-
+# The four matrices of a block that GPT-2's checkpoint stores as (inputs, outputs).
+CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 # ---------------------------------------------------------------------------------------------------- 3. data
 # fineweb.py leaves one long row of ids, cut into files ("shards"). We cut it further, into windows of block_size
@@ -327,9 +296,7 @@ def is_conv1d(name):
 
 class Corpus:
     """One split, "train" or "val", of a folder of shards. A window is block_size inputs plus one id, the last target.
-
-    UserError if there are no shards, one is damaged, all are too short, or an id is not below vocab_size.
-    """
+    UserError if there are no shards, one is damaged, all are too short, or an id is not below vocab_size."""
 
     def __init__(self, data_dir, split, block_size, vocab_size):
         self.block_size, self.vocab_size = block_size, vocab_size
@@ -340,19 +307,18 @@ class Corpus:
         self.first = np.cumsum([0, *counts])  # number of the first window of each shard
         self.n_windows = int(self.first[-1])
         insist(self.n_windows, f"the {split} split of {data_dir} is shorter than --block_size {block_size}: add text")
-        for number, count in zip(self.first, counts):  # a wrong vocabulary mostly shows here, not after an hour
+        for number, count in zip(self.first, counts):  # a wrong vocabulary mostly shows now, not after an hour
             self.windows(range(number, number + min(count, 16)))
 
     def windows(self, numbers):
         """Numbers of n windows -> their ids, (n, T+1) int64 on the CPU."""
-        n, T = len(numbers), self.block_size
+        n, T, V = len(numbers), self.block_size, self.vocab_size
         tokens = np.empty((n, T + 1), dtype=np.int64)                    # (n, T+1)
         for row, number in zip(tokens, numbers):
             shard = np.searchsorted(self.first, number, side="right") - 1
             start = (number - self.first[shard]) * T
             row[:] = self.shards[shard][start:start + T + 1]
-            insist(row.max() < self.vocab_size, f"{self.files[shard]} holds the id {row.max()}, but --vocab_size is "
-                   f"{self.vocab_size}: it was made with another tokenizer")
+            insist(row.max() < V, f"{self.files[shard]} holds the id {row.max()}, --vocab_size is {V}: use other data")
         return torch.from_numpy(tokens)
 
 
@@ -365,7 +331,6 @@ def permutation(n, seed, epoch):
 def rows_of_step(step, n_windows, rows, cfg):
     """The numbers of the windows that make up a step, (rows,): the same on every process. A step never spans two
     epochs: what is left at the end of one, less than a step, is not read in that epoch.
-
     >>> rows_of_step(1, 10, 4, TrainConfig(shuffle=False)), rows_of_step(2, 10, 4, TrainConfig(shuffle=False))
     (array([4, 5, 6, 7]), array([0, 1, 2, 3]))
     """
@@ -379,24 +344,25 @@ class DataLoaderLite:
     """Gives each process its share of a step, and reads the next step in a thread while this one trains."""
 
     def __init__(self, corpus, micro_batch_size, cfg, world):
+        size, part = cfg.total_batch_size, cfg.block_size * micro_batch_size * world.size
+        insist(size % part == 0, f"--total_batch_size {size} is not a multiple of {part}, the product of block_size, "
+               f"micro_batch_size and processes: use {max(1, round(size / part)) * part}")
+        insist(size <= corpus.n_windows * cfg.block_size, f"{corpus.n_tokens} train tokens, less than a step: add text")
         self.corpus, self.B, self.cfg, self.world = corpus, micro_batch_size, cfg, world
         self.thread, self.ahead = ThreadPoolExecutor(1), {}
 
     def read(self, step):
         """This process's share of a step: ids (A, B, T+1) on the CPU."""
         B, T, W = self.B, self.cfg.block_size, self.world.size
-        rows = self.cfg.total_batch_size // T
-        numbers = rows_of_step(step, self.corpus.n_windows, rows, self.cfg)  # (A*W*B,)
-        # Micro-batch i of process r takes rows (i*W + r)*B and on: whatever W and B are, the step is one set of rows.
-        # If each process had its own reading position, they would soon be in different shards.
+        numbers = rows_of_step(step, self.corpus.n_windows, self.cfg.total_batch_size // T, self.cfg)  # (A*W*B,)
+        # Micro-batch i of process r takes B rows from (i*W + r)*B on: whatever W and B are, all together take the same.
         mine = numbers.reshape(-1, W, B)[:, self.world.rank]             # (A, B)
         tokens = self.corpus.windows(mine.flatten()).view(-1, B, T + 1)  # (A, B, T+1)
         return tokens.pin_memory() if self.world.device.type == "cuda" else tokens
 
     def batch(self, step):
         """Inputs and targets of a step on the device, (A, B, T) each: targets are the inputs, shifted by one."""
-        future = self.ahead.pop(step, None) or self.thread.submit(self.read, step)
-        tokens = future.result()                                         # (A, B, T+1)
+        tokens = (self.ahead.pop(step, None) or self.thread.submit(self.read, step)).result()   # (A, B, T+1)
         tokens = tokens.to(self.world.device, non_blocking=tokens.is_pinned())  # (A, B, T+1)
         if step + 1 < self.cfg.max_steps:
             self.ahead = {step + 1: self.thread.submit(self.read, step + 1)}
@@ -404,12 +370,10 @@ class DataLoaderLite:
         y = tokens[:, :, 1:].contiguous()                                # (A, B, T)
         return x, y
 
-
 # ---------------------------------------------------------------------------------- 4. optimizer and schedule
 # The recipe that GPT-3's paper gave and GPT-2's left out. AdamW divides each parameter's averaged gradient by the
-# root of its averaged square, so that a parameter moves by at most about the learning rate per step, whatever the size
-# of its gradient. At first these averages are noisy, hence the warm-up; and the last steps should settle rather than
-# wander, hence the decay to a tenth.
+# root of its squares' average: a parameter moves by at most about the learning rate per step. At first these averages
+# are noisy, hence the warm-up; and the last steps should settle rather than wander, hence the decay to a tenth.
 
 def configure_optimizers(model, cfg, device, dtype=torch.float32):
     """The optimizers of a model, as a list: [AdamW] or [Muon, AdamW]. train_step sets their learning rate."""
@@ -430,18 +394,13 @@ def configure_optimizers(model, cfg, device, dtype=torch.float32):
         # match_rms_adamw scales Muon's updates to the size of AdamW's, so one learning rate serves both. PyTorch's
         # Muon always multiplies in bfloat16; ours, in float32, is for runs in float32 and float16.
         muon = torch.optim.Muon if dtype == torch.bfloat16 else Muon
-        optimizers.insert(0, muon(hidden, lr=cfg.max_lr, weight_decay=cfg.weight_decay,
-                                  adjust_lr_fn="match_rms_adamw"))
-    counted = sum(len(group["params"]) for optimizer in optimizers for group in optimizer.param_groups)
-    assert counted == len(params), "a parameter that is in no optimizer, or in two"
+        optimizers.insert(0, muon(hidden, lr=cfg.max_lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
 
 class Muon(torch.optim.Muon):
-    """Jordan et al. (2024): momentum whose directions are made equally strong, so that all are learned equally fast.
-
-    The same as PyTorch's with the settings above, and with the same state, but computed in float32.
-    """
+    """Jordan et al. (2024): all singular values of the momentum become about 1, so no direction is learned much faster
+    than another. The same as PyTorch's with the settings above, and with the same state, but computed in float32."""
 
     @torch.no_grad()
     def step(self):
@@ -457,16 +416,13 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonal(x):
-    """A matrix (R, K) -> nearly the orthogonal matrix with the same directions.
-
-    The singular values that come out lie between 0.68 and 1.14, if those that go in, divided by the norm of x, are
-    at least 0.01.
-    """
+    """A matrix (R, K) -> nearly the orthogonal matrix with the same directions. The singular values that come out lie
+    between 0.68 and 1.14, if those that go in, divided by the norm of x, are at least 0.01."""
     if x.size(0) > x.size(1):  # the result is the same, but x x^T is smaller with the shorter side first
         return orthogonal(x.T).T
     x = x / x.norm().clamp(min=1e-7)                                     # (R, K)
-    # x x^T x has the directions of x and the cubes of its singular values. So an odd polynomial in x changes only the
-    # singular values, and this one, applied five times, brings each of them close to 1 (a Newton-Schulz iteration).
+    # x x^T x keeps the directions of x and cubes its singular values. So odd polynomials in x change only these, and
+    # this one, applied five times, brings each close to 1 (a Newton-Schulz iteration).
     for _ in range(5):
         gram = x @ x.T                                                   # (R, R)
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x     # (R, K)
@@ -475,7 +431,6 @@ def orthogonal(x):
 
 def get_lr(step, cfg):
     """The learning rate of a step, counted from 0: a line up to max_lr, then half a cosine down to min_lr.
-
     >>> [round(get_lr(step, TrainConfig()), 12) for step in (0, 714, 715, 19072)]
     [8.39161e-07, 0.0006, 0.0006, 6e-05]
     """
@@ -486,39 +441,32 @@ def get_lr(step, cfg):
     progress = (step - cfg.warmup_steps) / (cfg.max_steps - 1 - cfg.warmup_steps)  # 0 at the top, 1 at the end
     return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (cfg.max_lr - cfg.min_lr)
 
-
 # ------------------------------------------------------------------------------------------------ 5. settings
-# Every field is also a flag of the same name. The comment on its line, after two spaces, is the flag's help.
+# Every field is a flag, too. Its type is int, float, str, bool or a Literal of words; the comment after it is its help.
 
 @dataclass
 class TrainConfig(GPTConfig):
     """A run: the shape of a model, and everything that decides how it is trained. The defaults are the paper run."""
-    # model
     vocab_size: int = 0      # ids; 0: those of --init's model, else of the data, padded to a multiple of 128
     init: str = "scratch"    # scratch, gpt2 (-medium ...), a Hugging Face folder, a checkpoint, a log folder
-    # data
     data_dir: str = "data/edu_fineweb10B"  # folder of shards, as fineweb.py writes them
     shuffle: bool = True     # visit the text in a new random order each epoch; 0: in the order of the shards
     seed: int = 1337         # decides the first weights, the order of the text, and the samples
-    # batch
     total_batch_size: int = 524288  # tokens per step, over all processes: 2^19, GPT-3's 0.5M for this size
     micro_batch_size: int | str = "auto"  # rows per forward: memory and speed, not the result; auto: what fits
-    # schedule
     max_steps: int = 19073   # updates of the weights: 10e9 tokens / 524,288
     max_lr: float = 6e-4     # learning rate after warm-up, GPT-3's for 125M (table 2.1)
     min_lr: float = 6e-5     # learning rate of the last step: a tenth of max_lr, as in GPT-3
     warmup_steps: int = 715  # steps: GPT-3 warms up over 375M tokens, / 524,288
-    # optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: orthogonal updates for the matrices inside blocks
     weight_decay: float = 0.1  # on matrices only, never on biases and LayerNorms
     grad_clip: float = 1.0     # largest norm of the gradient of all parameters; 0: no limit
     # evaluation; "every" is in steps, 0 means never, and what is on is also done after the last step
     val_every: int = 250       # steps between measurements of the val loss
-    val_tokens: int = 10485760   # tokens of the val split to score: 20 x 64 x 1024 x 8, on any hardware
-    hellaswag_every: int = 250   # steps between HellaSwag scores; a shorter run does without
+    val_tokens: int = 10485760   # tokens of the val split to score: 20 x 64 x 1024 x 8, as in Karpathy's build-nanogpt
+    hellaswag_every: int = 250   # steps between HellaSwag scores; a run of fewer steps has none
     sample_every: int = 250    # steps between samples of what the model writes
     prompt: str = "Hello, I'm a language model,"  # how these samples begin
-    # system
     checkpoint_every: int = 250  # steps between checkpoints: model, optimizer and step, 1.5 GB at 124M
     keep_checkpoints: int = 2  # checkpoints that stay: the newest ones
     log_dir: str = "log"       # folder for log.txt, config.json and the checkpoints
@@ -545,16 +493,13 @@ PRESETS = {
                    val_every=90, hellaswag_every=0, sample_every=180, checkpoint_every=90, prompt="Return the"),
 }
 
-
 # ------------------------------------------------------------------------------------------------ 6. one step
 # What half a million tokens store for the backward pass doesn't fit into a GPU. So a step is cut twice: over the
-# W processes, and over time, into A micro-batches whose gradients add up. Neither cut may change the result: one
-# process with A = 32, or eight with A = 4, make the same update from the same text, up to rounding. `world` is this
-# process among all of them (section 9).
+# W processes, and over time, into A micro-batches whose gradients add up. One process with A = 32, or eight with A = 4,
+# make the same update from the same text, up to rounding. `world` is this process among all of them (section 9).
 
 def train_step(model, optimizers, x, y, lr, cfg, world):
-    """One update from inputs and targets (A, B, T) -> (mean loss over all processes, norm of the gradient before
-    clipping), two tensors on the device."""
+    """One update from inputs and targets (A, B, T) -> (mean loss of all processes, norm of the gradient unclipped)."""
     A = len(x)
     loss_sum = torch.zeros((), device=world.device)                      # ()
     for i in range(A):
@@ -566,7 +511,7 @@ def train_step(model, optimizers, x, y, lr, cfg, world):
                 loss = model(x[i], y[i])[1]                              # ()
             # backward() ADDS to .grad. After all micro-batches that would be the SUM of their gradients, but one
             # large batch has the MEAN: dividing makes the two equal. Clipping and AdamW both hide it if this is
-            # missing, since they look at the gradient's direction more than at its length.
+            # missing, since both undo a change of the gradient's length.
             loss = loss / A                                              # ()
             world.scaler.scale(loss).backward()
         loss_sum += loss.detach()
@@ -585,25 +530,19 @@ def train_step(model, optimizers, x, y, lr, cfg, world):
     world.scaler.update()
     return world.sum(loss_sum) / world.size, norm
 
-
 # ---------------------------------------------------------------------------------------------- 7. evaluation
-# Two ways to look at a model: the loss on text that it never trains on, and what it writes. A third is a test with
-# multiple choice that other models have taken too, in hellaswag.py.
+# Two ways to look at a model: its loss on text that it never trains on, and what it writes. hellaswag.py is a third.
 
 def evaluate_loss(model, corpus, B, cfg, world):
     """Mean loss in nats over the first val_tokens of a corpus -> (loss, tokens scored), the same on every process.
-
-    Counted in tokens, not in batches: 20 batches are different text on 8 GPUs than on one, and the losses would not
-    compare. Losses and counts are summed over processes and divided once; a mean of means would give a short batch
-    too much weight.
-    """
+    Counted in tokens, since 20 batches are different text on 8 GPUs than on one. Losses and counts are summed over
+    processes and divided once; a mean of means would give a short batch too much weight."""
     n, T = min(max(1, cfg.val_tokens // cfg.block_size), corpus.n_windows), cfg.block_size
     losses, count = [torch.zeros((), device=world.device)], 0
-    with evaluating(model):
+    with hellaswag.evaluating(model):
         for start in range(world.rank * B, n, world.size * B):
             tokens = corpus.windows(range(start, min(start + B, n)))
-            # A short last batch is filled up with -100, which counts as no target: a batch of another shape would
-            # make a compiled model compile again.
+            # A short last batch is filled up with -100, which is no target: another shape would be compiled anew.
             tokens = F.pad(tokens, (0, 0, 0, B - len(tokens)), value=-100)   # (B, T+1)
             x = tokens[:, :-1].clamp(min=0).to(world.device)             # (B, T)
             y = tokens[:, 1:].to(world.device)                           # (B, T)
@@ -623,17 +562,13 @@ def continue_text(model, tokenizer, text, rows, new_tokens, seed, temperature=1.
     device = model.transformer.wte.weight.device
     idx = torch.tensor([prompt] * rows, device=device)                   # (rows, T)
     generator = torch.Generator(device).manual_seed(seed)
-    with evaluating(model):
+    with hellaswag.evaluating(model):
         idx = model.generate(idx, new_tokens, temperature, top_k, generator, stop=tokenizer.eot_token, **how)
-    return [decode(tokenizer, row) for row in idx.tolist()]
-
-
-def decode(tokenizer, row):
-    """Ids -> the text of the first document in them: <|endoftext|> is dropped in front, and ends it after that."""
-    eot = tokenizer.eot_token
-    end = [*row, eot].index(eot, 1)
-    return tokenizer.decode(row[row[0] == eot:end])
-
+    texts, eot = [], tokenizer.eot_token
+    for row in idx.tolist():  # <|endoftext|> is dropped in front, and ends the text after that
+        end = [*row, eot].index(eot, 1)
+        texts.append(tokenizer.decode(row[row[0] == eot:end]))
+    return texts
 
 # ------------------------------------------------------------------------------------------------- 8. the run
 
@@ -641,45 +576,42 @@ def train(cfg):
     """The action `train`: one run, from what cfg says -> its log, {stream: {step: value}}."""
     # ---- build. What is wrong with the input shows here, before it has cost anything.
     world = World(cfg)
-    meta, tokenizer = open_data(cfg, world)  # the tokenizer is for samples and HellaSwag; training itself reads ids
-    raw_model, checkpoint = first_model(cfg, meta, tokenizer, world)
+    meta, tokenizer, questions = open_data(cfg, world, quiz=0 < cfg.hellaswag_every <= cfg.max_steps)
     train_data = Corpus(cfg.data_dir, "train", cfg.block_size, cfg.vocab_size)
     val_data = Corpus(cfg.data_dir, "val", cfg.block_size, cfg.vocab_size)
-    check_sizes(cfg, meta, train_data, world)
-    questions = find_hellaswag(world) if tokenizer and 0 < cfg.hellaswag_every <= cfg.max_steps else None
-    # The text and the ids that the weights belong to, and a tokenizer of its own as text: both go into checkpoints.
-    data = dict(tokenizer=meta["tokenizer"], n_vocab=meta["vocab_size"], eot=meta["eot"],
-                train_tokens=train_data.n_tokens)
-    carried = fineweb.tokenizer_to_json(tokenizer) if tokenizer and meta["tokenizer"] != "gpt2" else None
-
-    optimizers = configure_optimizers(raw_model.to(world.device), cfg, world.device, world.dtype)
-    start = restore(checkpoint, raw_model, optimizers, data, cfg, world)
-    # Two names for one set of parameters. `model` is compiled and averages gradients over processes; it needs fixed
-    # shapes and all processes at once, so training and val loss go through it. HellaSwag, samples and checkpoints use
-    # `raw_model`, which takes any shape and can be used by one process alone.
+    meta["train_tokens"] = train_data.n_tokens
+    torch.manual_seed(cfg.seed)  # the same weights on every process
+    raw_model = GPT(cfg).to(world.device)
+    raw_model.n_vocab, raw_model.eot = meta["vocab_size"], meta["eot"]
+    optimizers = configure_optimizers(raw_model, cfg, world.device, world.dtype)
+    start = restore(raw_model, optimizers, meta, tokenizer, cfg, world)  # what --resume and --init say
+    # Two names for one set of parameters. `model` is compiled and averages gradients over processes. It needs one shape
+    # and all processes at once: training and val loss have both. HellaSwag, samples and checkpoints use `raw_model`,
+    # which takes any shape and can be used by one process alone.
     model = world.wrap(raw_model)
     B = fit_micro_batch(model, cfg, world)
     loader = DataLoaderLite(train_data, B, cfg, world)
     log = Log(cfg, world, start)
-    describe_run(raw_model, train_data, val_data, start, B, cfg, meta, world)
+    size, T, W = cfg.total_batch_size, cfg.block_size, world.size
+    epoch = train_data.n_windows * T // size  # steps
+    world.print(f"model: {raw_model.num_params():,} parameters, {cfg.vocab_size:,} rows in the vocabulary\n"
+                f"data: {cfg.data_dir} ({meta['tokenizer']}), {train_data.n_tokens:,} train tokens, of which an epoch "
+                f"reads {epoch * size:,} in {epoch:,} steps\n"
+                f"batch: {size:,} tokens = {B} rows x {T} tokens x {size // (B * T * W)} accumulated x {W} processes\n"
+                f"steps: {start} to {cfg.max_steps}, {cfg.max_steps / epoch:.2f} epochs"
+                + "; no checkpoint to resume yet" * (cfg.resume and start == 0))
     seconds = []  # of each step, for the estimate of the time left
 
-    # ---- the loop. `step` is the number of updates made so far. The last turn only evaluates and saves, so that the
-    # log begins and ends with a val loss.
+    # ---- the loop. `step` is the number of updates made so far. The last turn only saves and evaluates.
     def due(every):  # every so many steps (0: never), and after the last one
         return every > 0 and (step % every == 0 or step == cfg.max_steps)
 
     with contextlib.closing(log), catch_signals() as asked:
         for step in range(start, cfg.max_steps + 1):
+            # Checkpoint: when due or asked to stop; process 0 writes raw_model. First, since evaluations take a while.
             stopping = world.any(asked)  # a signal to one process stops all of them, at the same step
-
-            # Checkpoint: when due, and when asked to stop; process 0 writes raw_model. Before the evaluations, since
-            # they take a while, and machines die at the worst of times.
             if step > start and (stopping or due(cfg.checkpoint_every)):
-                log.checkpoint(step, dict(
-                    step=step, config=asdict(cfg), data=data, tokenizer=carried, model=raw_model.state_dict(),
-                    optimizers=[optimizer.state_dict() for optimizer in optimizers],
-                    scaler=world.scaler.state_dict()), cfg.keep_checkpoints)
+                log.checkpoint(step, meta, raw_model, optimizers)
             if stopping:
                 world.print(f"stopped after {step} steps, as asked; the same command with --resume continues")
                 break
@@ -687,46 +619,40 @@ def train(cfg):
             # Val loss: when due; every process scores a share, through `model`, since all batches have one shape.
             if due(cfg.val_every):
                 val_loss, tokens = evaluate_loss(model, val_data, B, cfg, world)
-                log.write(step, {"val": val_loss})
-                world.print(f"step {step:5d} | {describe_loss(val_loss, tokens, cfg, meta)}")
+                log.write(step, {"val": val_loss}, f"step {step:5d} | {describe_loss(val_loss, tokens, cfg, meta)}")
 
             # HellaSwag: when due; every process answers a share, with raw_model, since questions differ in length.
             if questions and due(cfg.hellaswag_every):
-                score = score_hellaswag(raw_model, questions, tokenizer, world)
-                log.write(step, {"hella": score["acc_norm"]})  # the mean per token, as build-nanogpt plots it
+                score = hellaswag.evaluate(raw_model, questions, tokenizer, **world.share)
+                log.write(step, {"hella": score["acc_norm"]}, f"HellaSwag: {hellaswag.describe(score)}")
 
             # Samples: when due; process 0 alone, with raw_model, since the text grows with each token.
             if tokenizer and due(cfg.sample_every) and world.rank == 0:
                 for text in continue_text(raw_model, tokenizer, cfg.prompt, 2, 64, cfg.seed + step):
                     world.print("sample | " + text.replace("\n", "\n       | "))
-
             if step == cfg.max_steps:
                 break
 
-            # One step: always; every process trains on its share, through `model`. The clock runs only here.
+            # One step: always; every process trains on its share, through `model`. Only this is timed.
             started = time.perf_counter()
-            torch.manual_seed(cfg.seed + step * world.size + world.rank)  # for what you add and draws, such as dropout
+            torch.manual_seed(cfg.seed + step * world.size + world.rank)  # repeatable, should you add dropout
             lr = get_lr(step, cfg)
             x, y = loader.batch(step)                                    # (A, B, T)
             loss, norm = train_step(model, optimizers, x, y, lr, cfg, world)
             loss, norm = loss.item(), norm.item()  # waits for the device: only now is the step over
             seconds.append(time.perf_counter() - started)
-
             # A gradient that overflows is nothing unusual in float16, and train_step has left that step out.
-            if not math.isfinite(loss) or not (math.isfinite(norm) or world.scaler.is_enabled()):
-                raise UserError(f"step {step}: loss {loss}, norm of the gradient {norm}, learning rate {lr:.3g}. The "
-                                f"checkpoints in {cfg.log_dir} are from before: --resume with a lower --max_lr, or "
-                                "with --dtype float32")
-            log.write(step, {"train": loss, "lr": lr, "norm": norm, "tok/s": cfg.total_batch_size / seconds[-1]})
-            world.print(describe_step(step, loss, lr, norm, seconds, raw_model, cfg, world))
+            insist(math.isfinite(loss) and (math.isfinite(norm) or world.scaler.is_enabled()),
+                   f"step {step}: loss {loss}, norm of the gradient {norm}, learning rate {lr:.3g}. No checkpoint has "
+                   "it: --resume with a lower --max_lr, or with --dtype float32")
+            log.write(step, {"train": loss, "lr": lr, "norm": norm, "tok/s": size / seconds[-1]},
+                      describe_step(step, loss, lr, norm, seconds, raw_model, cfg, world))
     if step == cfg.max_steps:
         world.print(f"done: log, configuration and checkpoints are in {cfg.log_dir}. Try next:\n"
                     f"  python lessons/plot_log.py {cfg.log_dir}\n"
                     f"  python lessons/explore.py {cfg.log_dir} --out my-gpt2.html\n"
-                    f"  python train_gpt2.py sample --init {cfg.log_dir} {json.dumps(cfg.prompt)}\n"
-                    f"  python train_gpt2.py export --init {cfg.log_dir} --out my-gpt2")
+                    f"  python train_gpt2.py sample --init {cfg.log_dir}")
     return log.values
-
 
 # =====================================================================================================================
 # The line. You have read how GPT-2 is trained. What follows is what a run needs on real machines.
@@ -735,8 +661,7 @@ def train(cfg):
 # ----------------------------------------------------------------------------------- 9. processes and devices
 
 class World:
-    """One process or many, on whatever device: the same calls in every case, so that no other code asks "is this DDP?".
-    torchrun tells each process that it is number RANK of WORLD_SIZE, and number LOCAL_RANK on its machine."""
+    """One process or many, on whatever device, with the same calls. torchrun sets RANK, WORLD_SIZE and LOCAL_RANK."""
 
     def __init__(self, cfg):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -757,27 +682,26 @@ class World:
             insist(self.device.type != "mps", "several processes can't share a Mac's GPU: use --device cpu")
             # torchrun keeps one store of addresses for all its restarts. The prefix hides the addresses of dead
             # processes; several machines count restarts separately, and have to do without.
-            store, rank, size = next(dist.rendezvous("env://"))
+            store = next(dist.rendezvous("env://"))[0]
             if os.environ.get("GROUP_WORLD_SIZE") == "1":
                 store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-            dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size,
+            dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=self.rank, world_size=self.size,
                                     timeout=timedelta(minutes=30))  # process 0 may be busy alone for a while
             self.group = dist.group.WORLD  # kept, since DDP would free it last, and hang
-        self.print(f"device {self.device} {self.gpu}".rstrip() + f", processes {self.size}, compile "
-                   f"{int(self.compiles)}, {str(self.dtype).removeprefix('torch.')}")
+        self.share = dict(rank=self.rank, world_size=self.size, all_reduce=self.sum, dtype=self.dtype)  # for HellaSwag
+        device, dtype = f"{self.device} {self.gpu}".strip(), str(self.dtype).removeprefix("torch.")
+        self.print(f"device {device}, processes {self.size}, compile {int(self.compiles)}, {dtype}")
 
-    def print(self, *words):
-        """Print once, not once per process."""
+    def print(self, text):
         if self.rank == 0:
-            print(*words, flush=True)
+            print(text, flush=True)
 
     def autocast(self):
         """Matrix products in self.dtype, norms and losses in float32. For float32 itself it changes nothing."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def wrap(self, model):
-        """The same parameters in a model that is compiled into few kernels, where that works, and whose backward()
-        averages gradients over processes: 498 MB at 124M."""
+        """The same parameters, compiled into few kernels. backward() averages over processes: 498 MB at 124M."""
         # Every shape makes a graph. After 8 of them, over all models of a process, PyTorch would stop compiling.
         torch._dynamo.config.recompile_limit = 64
         model = torch.compile(model, dynamic=False) if self.compiles else model
@@ -830,16 +754,13 @@ def pick_dtype(name, device):
         capability = torch.cuda.get_device_capability(device)  # is_bf16_supported() counts emulation too
         return torch.bfloat16 if capability >= (8, 0) else torch.float16 if capability >= (7, 0) else torch.float32
     can = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # from PyTorch 2.12 on
-    fast = device.type == "cpu" and (can.get("avx512_bf16") or can.get("amx_bf16"))
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if device.type == "cpu" and (can.get("avx512_bf16") or can.get("amx_bf16")) else torch.float32
 
 
 def fit_micro_batch(model, cfg, world):
     """Rows per forward: as asked, or with "auto" the most that fit, of those that divide a process's rows of a step.
-
     4,096 tokens keep a CPU busy. On a GPU we try forward and backward, of the model as it will be trained: DDP splits
-    the graph it compiles, and one made without it would be used again and send all gradients at the end.
-    """
+    the graph it compiles, and one made without it would be used again and send all gradients at the end."""
     if cfg.micro_batch_size != "auto":
         return cfg.micro_batch_size
 
@@ -858,60 +779,52 @@ def fit_micro_batch(model, cfg, world):
                 raise
             return False
 
-    # Kernels that count with 32 bits have failed on 2^31 logits and more.
     rows, cuda = cfg.total_batch_size // cfg.block_size // world.size, world.device.type == "cuda"
+    # Kernels that count with 32 bits have failed on 2^31 logits and more.
     most = (2**31 - 1) // (cfg.block_size * cfg.vocab_size) if cuda else 4096 // cfg.block_size
     sizes = [B for B in range(max(1, min(most, rows)), 0, -1) if rows % B == 0]
-    for B in sizes if cuda else []:
+    if not cuda:
+        return sizes[0]
+    for B in sizes:
         fitted = not world.any(not fits(B))
         model.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
         world.print(f"micro-batch of {B} rows: {'fits' if fitted else 'does not fit'}")
         if fitted:
             return B
-    insist(not cuda, f"this GPU's memory is too small, tried {sizes} rows: use a smaller --block_size or --preset")
-    return sizes[0]
+    raise UserError(f"this GPU's memory is too small, tried {sizes} rows: use a smaller --block_size or --preset")
 
 
 @contextlib.contextmanager
 def catch_signals():
-    """Note SIGTERM, which schedulers send, and Ctrl-C in a list, at which the loop looks between two steps. Saving in
-    the handler could catch the model half updated."""
+    """Note SIGTERM and Ctrl-C in a list, for the loop to see. Saving at once could catch the model half updated."""
     asked = []
 
     def handler(signum, frame):
-        if signum == signal.SIGINT and asked:  # a second Ctrl-C means now
-            raise KeyboardInterrupt
         asked.append(signum)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C means now
 
-    before = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with contextlib.ExitStack() as afterwards:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            afterwards.callback(signal.signal, number, signal.signal(number, handler))
         yield asked
-    finally:
-        for s, old in before.items():
-            signal.signal(s, old)
-
 
 # -------------------------------------------------------------------------------------- 10. log and checkpoints
-# The promise: killed at any moment and resumed, a run ends with the same weights and the same log but for tok/s, to
-# the last bit on a CPU. A step needs nothing but the state before it and its number. So it takes files that are never
-# half written, and a log that drops what came after the checkpoint.
+# The promise: killed at any moment and resumed, a run ends with the same weights and log but for tok/s, to the last bit
+# on a CPU. A step needs nothing but the state before it and its number, so it takes files that are never half written.
 
 class Log:
-    """What a run writes into log_dir: log.txt, a line `step stream value` per number; config.json; checkpoints.
-
-    The streams are train, val, hella, lr, norm and tok/s. A resumed run continues the file; a new run moves aside what
-    an earlier one left. `values` holds the numbers as {stream: {step: value}}.
-    """
+    """What a run writes into log_dir: checkpoints; config.json; and log.txt, a line `step stream value` per number of
+    the streams train, val, hella, lr, norm and tok/s. `values` holds these as {stream: {step: value}}."""
 
     def __init__(self, cfg, world, start):
-        self.folder, self.values, self.tracker = Path(cfg.log_dir), {}, None
-        self.writes, self.pending = world.rank == 0, ""  # who writes, and lines that a full disk has refused
+        self.cfg, self.world, self.folder = cfg, world, Path(cfg.log_dir)
+        self.values, self.pending, self.tracker = {}, "", None  # pending: lines that a full disk has refused
         self.thread = ThreadPoolExecutor(1)  # writes checkpoints
         self.saving = self.thread.submit(int)  # the newest, which may not be complete; at first nothing
-        world.first(lambda: self.open(cfg, start))
+        world.first(lambda: self.open(start))
 
-    def open(self, cfg, start):
+    def open(self, start):
         """For process 0: make the folder, lock it, and keep of its log what comes before `start`."""
         from filelock import FileLock, Timeout
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -919,36 +832,36 @@ class Log:
         try:
             self.lock.acquire(blocking=False)
         except Timeout:
-            raise UserError(f"another run is writing to {cfg.log_dir}: choose another --log_dir") from None
-        if cfg.wandb:
+            raise UserError(f"another run is writing to {self.folder}: choose another --log_dir") from None
+        if self.cfg.wandb:
             try:
                 import wandb
-                self.tracker = wandb.init(project=cfg.wandb, dir=cfg.log_dir, config=asdict(cfg))
+                self.tracker = wandb.init(project=self.cfg.wandb, dir=self.cfg.log_dir, config=asdict(self.cfg))
             except Exception as error:  # not installed, not logged in, not reachable
-                raise UserError(f"--wandb {cfg.wandb}: {fineweb.one_line(error)}") from error
+                raise UserError(f"--wandb {self.cfg.wandb}: {fineweb.one_line(error)}") from error
         old = [file for kind in ("log.*", "config.json", "ckpt_*.pt") for file in self.folder.glob(kind)]
-        if old and not cfg.resume:
+        if old and not self.cfg.resume:
             aside = next(path for n in range(1, 10**6) if not (path := self.folder / f"earlier-{n}").exists())
             aside.mkdir()
             for file in old:
                 file.rename(aside / file.name)
             print(f"{self.folder} held a run, which is now in {aside} (--resume would have continued it)")
-        path, lines = self.folder / "log.txt", []
+        path, kept = self.folder / "log.txt", ""
         for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
-            if re.fullmatch(r"\d+ \S+ \S+\n", line) and int(line.split()[0]) < start:
-                step, stream, value = line.split()
-                self.values.setdefault(stream, {})[int(step)] = float(value)
-                lines.append(line)
-        write_file(path, lambda file: file.write("".join(lines).encode()))
-        fineweb.write_json(self.folder / "config.json", {**asdict(cfg), "resume": False})
+            if (found := re.fullmatch(r"(\d+) (.+) (\S+)\n", line)) and int(found[1]) < start:
+                self.values.setdefault(found[2], {})[int(found[1])] = float(found[3])
+                kept += line
+        write_file(path, lambda file: file.write(kept.encode()))
+        fineweb.write_json(self.folder / "config.json", {**asdict(self.cfg), "resume": False})
 
-    def write(self, step, streams):
-        """write(3, {"train": 4.2, "norm": 0.9}) writes two lines."""
+    def write(self, step, streams, text):
+        """write(3, {"train": 4.2, "norm": 0.9}, text) prints the text and writes two lines."""
+        self.world.print(text)
         for stream, value in streams.items():
             self.values.setdefault(stream, {})[step] = value
             self.pending += f"{step} {stream} {value:.8g}\n"
         try:
-            if self.writes:
+            if self.world.rank == 0:
                 with open(self.folder / "log.txt", "a") as file:
                     file.write(self.pending)
             self.pending = ""
@@ -957,23 +870,22 @@ class Log:
         if self.tracker:
             self.tracker.log(streams, step=step)
 
-    def checkpoint(self, step, state, keep):
-        """Write ckpt_STEP.pt in a thread, while training goes on: tensors, numbers, strings, lists and dicts only.
-
-        Random states are not among them: first weights, order of the text and samples are drawn from (seed, step).
-        """
-        if self.writes:
-            self.saving.result()  # the one before, if the disk is that slow
+    def checkpoint(self, step, meta, model, optimizers):
+        """Write ckpt_STEP.pt in a thread. It needs no random states: weights, order, samples come from (seed, step)."""
+        if self.world.rank == 0:
             copy = io.BytesIO()  # the next step changes the weights
-            torch.save(state, copy)
-            self.saving = self.thread.submit(self.save, self.folder / f"ckpt_{step:08d}.pt", copy, keep)
+            torch.save(dict(step=step, config=asdict(self.cfg), data=meta, model=model.state_dict(),
+                            optimizers=[optimizer.state_dict() for optimizer in optimizers],
+                            scaler=self.world.scaler.state_dict()), copy)
+            self.saving.result()  # the one before, if the disk is that slow
+            self.saving = self.thread.submit(self.save, self.folder / f"ckpt_{step:08d}.pt", copy)
 
-    def save(self, path, copy, keep):
+    def save(self, path, copy):
         try:
             write_file(path, lambda file: file.write(copy.getbuffer()))
-            files = checkpoint_files(self.folder)
-            for old in files[files.index(path) + keep:]:  # damaged newer ones don't count
-                old.unlink()
+            older = [file for file in sorted(self.folder.glob("ckpt_*.pt")) if file <= path]  # newer ones are damaged
+            for file in older[:-self.cfg.keep_checkpoints]:
+                file.unlink()
         except OSError as error:
             print(f"WARNING: {path} can't be written, older checkpoints stay: {error}", flush=True)
 
@@ -981,103 +893,56 @@ class Log:
         self.saving.result()
         if self.tracker:
             self.tracker.finish()
-        if self.writes:
+        if self.world.rank == 0:
             self.lock.release()
-
-
-def checkpoint_files(folder):
-    """The checkpoints of a log folder, newest first."""
-    return sorted(Path(folder).glob("ckpt_*.pt"), reverse=True)
 
 
 def find_checkpoint(source):
     """The checkpoint in a file, or the newest good one in a log folder; None without any, UserError if all are bad."""
-    files = [Path(source)] if os.path.isfile(source) else checkpoint_files(source)
+    files = [Path(source)] if os.path.isfile(source) else sorted(Path(source).glob("ckpt_*.pt"), reverse=True)
     for file in files:
         try:
-            # weights_only: a pickle is a program, and this way it may only build tensors, numbers, strings, lists and
-            # dicts. mmap: what isn't used is never read.
+            # A pickle is a program; with weights_only it can but build tensors, numbers, strings, lists and dicts.
             found = dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
             with torch.device("meta"):  # do the weights have the names and shapes of the model? It takes no memory
-                GPT(model_config(found["config"])).load_state_dict({**found["model"]}, assign=True)
-            assert found.keys() >= {"step", "data", "tokenizer", "optimizers", "scaler"}
+                GPT(TrainConfig(**found["config"])).load_state_dict({**found["model"]}, assign=True)
+            assert found.keys() >= {"step", "optimizers", "scaler"} and "json" in found["data"]
             return found
         except Exception as error:  # damaged files fail in a dozen ways
             bad = f"{file} is damaged, or written by another version of this program ({type(error).__name__})"
             insist(file != files[-1], bad)
             print(f"{bad}: trying the one before")
 
-
-# What a resumed run can't change: its weights would not fit, or its text would not be what comes next.
-FIXED = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "optimizer", "shuffle", "seed", "total_batch_size")
-
-
-def restore(checkpoint, model, optimizers, data, cfg, world):
-    """Put a run into a checkpoint's state -> its step, 0 without one. Processes, micro-batch, device, the schedule and
-    what is measured or saved may have changed since; UserError if the model, the batch, or the text's size have."""
-    start = checkpoint["step"] if checkpoint else 0
-    insist(world.sum(torch.tensor(float(start))) == start * world.size,
-           f"--log_dir {cfg.log_dir} holds other checkpoints on other machines: use a folder they share")
-    if not checkpoint:
-        return start
-    now, then = {**asdict(cfg), **data}, {**checkpoint["config"], **checkpoint["data"]}
-    differ = [f"{name} {then.get(name)} -> {now[name]}" for name in (*FIXED, *data) if then.get(name) != now[name]]
-    insist(not differ, f"--resume: the run in {cfg.log_dir} has other settings ({', '.join(differ)}): give it its own, "
-                       "or start a new one in another --log_dir")
-    model.load_state_dict(checkpoint["model"])
-    for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
-        # the averages are the checkpoint's, the settings (decay ...) those of cfg
-        optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
-    if world.scaler.is_enabled() and checkpoint["scaler"]:  # {} where the run was not in float16 until now
-        world.scaler.load_state_dict(checkpoint["scaler"])
-    return start
-
-
 # ------------------------------------------------------------------- 11. the command line and the other actions
-# ---- where models, text and questions come from
-
-OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-
-
-def model_config(values):
-    """The GPTConfig in a dict that has its fields, and perhaps others; Hugging Face says n_positions for block_size."""
-    values = {"block_size": values.get("n_positions", GPTConfig.block_size), **values}
-    return GPTConfig(**{field.name: values[field.name] for field in fields(GPTConfig) if field.name in values})
-
 
 def fetch_pretrained(name):
     """The folder of a model: a local one as it is, one of the Hugging Face hub after it was downloaded, once."""
     if os.path.isdir(name):
         return name
-    insist(name in OPENAI or re.fullmatch(r"[\w.-]+/[\w.-]+", name), f"{name}: no such checkpoint, log folder or "
-           f"Hugging Face folder, and not one of {', '.join(OPENAI)} or OWNER/NAME")
     from huggingface_hub import snapshot_download
     try:
-        return snapshot_download(f"openai-community/{name}" if name in OPENAI else name, allow_patterns=[
+        insist("/" in name or name.startswith("gpt2"), "not a name on the hub")
+        return snapshot_download(name if "/" in name else f"openai-community/{name}", allow_patterns=[
             "config.json", "*.safetensors", "tokenizer.json", "tokenizer_config.json"])
     except Exception as error:
-        raise UserError(f"{name} is not a folder here, and the Hugging Face hub can't be reached or doesn't have it "
-                        f"({type(error).__name__}): check the name and the network") from error
+        raise UserError(f"{name}: no such checkpoint, log folder or Hugging Face folder, not gpt2 (-medium, -large, "
+                        f"-xl), no OWNER/NAME that the hub has or reaches us ({type(error).__name__})") from error
 
 
 def load_model(source, optional=False):
     """(model, tokenizer) of a name, a Hugging Face folder, a checkpoint file or a log folder. A tokenizer that is not
     at hand is a UserError or, where it is `optional`, None."""
     if checkpoint := find_checkpoint(source):
-        model, data = GPT(model_config(checkpoint["config"])), checkpoint["data"]
+        model, meta = GPT(TrainConfig(**checkpoint["config"])), checkpoint["data"]
         model.load_state_dict(checkpoint["model"])
-        model.n_vocab, model.eot = data["n_vocab"], data["eot"]
+        model.n_vocab, model.eot = meta["vocab_size"], meta["eot"]
+        name, text = meta["tokenizer"], meta["json"]
     else:
         model, folder = GPT.from_pretrained(source), fetch_pretrained(source)
+        name, text = folder if Path(folder, "tokenizer.json").exists() else "gpt2", None
     try:
-        if not checkpoint:
-            tokenizer = load_tokenizer(folder if Path(folder, "tokenizer.json").exists() else "gpt2")
-        elif checkpoint["tokenizer"]:
-            tokenizer = fineweb.tokenizer_from_json(checkpoint["tokenizer"], data["tokenizer"], data["eot"])
-        else:  # it is GPT-2's, or the run had none at hand
-            tokenizer = load_tokenizer(data["tokenizer"])
-        insist(tokenizer.n_vocab <= model.config.vocab_size,
-               f"{source}: its tokenizer has {tokenizer.n_vocab} ids, its model {model.config.vocab_size}")
+        tokenizer = fineweb.tokenizer_from_json(text, name, model.eot) if text else load_tokenizer(name)
+        insist(tokenizer.n_vocab <= model.config.vocab_size, f"{source}: its tokenizer has more ids than its model")
     except UserError as error:
         insist(optional, error)
         print(f"no tokenizer: {error}")
@@ -1086,159 +951,125 @@ def load_model(source, optional=False):
     return model, tokenizer
 
 
-def open_data(cfg, world):
-    """What data_dir holds -> (its meta.json, its tokenizer, or None with a word on what the run does without)."""
+def open_data(cfg, world, quiz):
+    """What data_dir holds -> (its meta.json, with its tokenizer as text unless that is GPT-2's; its tokenizer; for a
+    quiz, HellaSwag's questions). Without tokenizer or questions a run goes on: they are None, and a word says why."""
     if cfg.data_dir == PRESETS["laptop"]["data_dir"]:  # Python carries this text; any other takes hours to prepare
         world.first(lambda: Path(cfg.data_dir, "meta.json").exists() or fineweb.main(
             ["--source", "builtin", "--tokenizer", f"bpe:{cfg.vocab_size or 2048}", "--out", cfg.data_dir]))
-    meta = read_meta(cfg.data_dir)
+    meta, tokenizer, questions = read_meta(cfg.data_dir), None, None
+    meta["json"], cfg.vocab_size = None, cfg.vocab_size or -(-meta["vocab_size"] // 128) * 128
     try:
-        return meta, load_tokenizer("gpt2" if meta["tokenizer"] == "gpt2" else cfg.data_dir)
+        tokenizer = load_tokenizer("gpt2" if meta["tokenizer"] == "gpt2" else cfg.data_dir)
+        meta["json"] = fineweb.tokenizer_to_json(tokenizer) if tokenizer.name != "gpt2" else None
+        if quiz:
+            world.first(hellaswag.find_data)
+            questions = list(hellaswag.iterate_examples("val"))
     except UserError as error:
-        world.print(f"no samples and no HellaSwag: {error}")
-        return meta, None
+        world.print(f"no {'HellaSwag score' if tokenizer else 'samples and no HellaSwag'}: {error}")
+    return meta, tokenizer, questions
 
 
-def check_tokenizer(model, own, cfg, meta, tokenizer):
-    """UserError unless a model's own tokenizer and that of the shards cut a long text, the docstring of this file, into
-    the same ids. Where the shards' is not at hand, its name has to do."""
+def load_init(cfg, meta, tokenizer):
+    """The model of --init. UserError unless its own tokenizer and that of the shards cut a long text, the docstring of
+    this file, into the same ids. Where the shards' is not at hand, its name has to do."""
+    model, own = load_model(cfg.init)
     cuts = [(t.encode_ordinary(__doc__), t.eot_token) for t in (own, tokenizer or own)]
-    insist(cuts[0] == cuts[1] and (tokenizer or own.name == meta["tokenizer"])
-           and meta["vocab_size"] <= model.config.vocab_size, f"{cfg.data_dir} was made with another tokenizer "
-           f"({meta['tokenizer']}, {meta['vocab_size']} ids) than the model {cfg.init}: use shards made with its own")
+    insist(cuts[0] == cuts[1] and (tokenizer or own.name == meta["tokenizer"]), f"{cfg.data_dir} was made with another "
+           f"tokenizer ({meta['tokenizer']}) than the model {cfg.init}: use shards made with its own")
+    return model
 
 
-def first_model(cfg, meta, tokenizer, world):
-    """The model that a run begins with -> (model, checkpoint to restore or None): fresh weights, or --init's, of which
-    a shorter --block_size leaves out the later positions."""
-    cfg.vocab_size = cfg.vocab_size or -(-meta["vocab_size"] // 128) * 128
+def restore(model, optimizers, meta, tokenizer, cfg, world):
+    """In a resumed run, put all into the state of the newest checkpoint; else give the model the weights of --init, of
+    which a shorter --block_size leaves out the later positions -> the number of steps made so far."""
+    insist(meta["vocab_size"] <= cfg.vocab_size, f"{cfg.data_dir} has {meta['vocab_size']} ids: leave --vocab_size out")
     cfg.resume = world.any(cfg.resume)  # torchrun tells of a restart only where a process died
     checkpoint = find_checkpoint(cfg.log_dir) if cfg.resume else None
-    torch.manual_seed(cfg.seed)  # the same weights on every process
-    model = GPT(model_config(asdict(cfg)))
-    if not checkpoint and cfg.init != "scratch":
-        source, own = load_model(cfg.init)
-        wrong = [f"{name} {has}" for name, has in asdict(source.config).items() if name in FIXED
-                 and has != getattr(cfg, name) and not (name == "block_size" and has > cfg.block_size)]
-        insist(not wrong, f"--init {cfg.init} has {', '.join(wrong)}: leave these flags out")
-        check_tokenizer(source, own, cfg, meta, tokenizer)
-        weights = source.state_dict()
-        weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:cfg.block_size]
-        model.load_state_dict(weights)
-    model.n_vocab, model.eot = meta["vocab_size"], meta["eot"]
-    return model, checkpoint
+    step = checkpoint["step"] if checkpoint else 0
+    insist(world.sum(torch.tensor(float(step))) == step * world.size,
+           f"--log_dir {cfg.log_dir} holds other checkpoints on other machines: use a folder they share")
+    fixed = [field.name for field in fields(GPTConfig)]  # with others, the weights would not fit
+    if checkpoint:
+        fixed += ["optimizer", "shuffle", "seed", "total_batch_size", "tokenizer", "train_tokens"]  # nor would its text
+        source, then, weights = cfg.log_dir, {**checkpoint["data"], **checkpoint["config"]}, checkpoint["model"]
+    elif cfg.init != "scratch":
+        other = load_init(cfg, meta, tokenizer)
+        source, then, weights = cfg.init, asdict(other.config), other.state_dict()
+        then["block_size"] = min(then["block_size"], cfg.block_size)
+    else:
+        return 0
+    now = {**meta, **asdict(cfg)}
+    differ = [f"{name} {then.get(name)} -> {now[name]}" for name in fixed if then.get(name) != now[name]]
+    insist(not differ, f"{source} has other settings ({', '.join(differ)}): leave them out, or use another --log_dir")
+    model.load_state_dict({name: weights[name][:len(p)] for name, p in model.state_dict().items()})
+    if checkpoint:
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+            # the averages are the checkpoint's, the settings (decay ...) those of cfg
+            groups = [{**old, **new, "params": old["params"]}
+                      for old, new in zip(state["param_groups"], optimizer.param_groups)]
+            optimizer.load_state_dict({**state, "param_groups": groups})
+        if world.scaler.is_enabled() and checkpoint["scaler"]:  # {} where the run was not in float16 until now
+            world.scaler.load_state_dict(checkpoint["scaler"])
+    return step
 
-
-def check_sizes(cfg, meta, train, world):
-    """UserError where a step can't be cut into equal parts, or the data does not suffice."""
-    part = cfg.block_size * world.size * (1 if cfg.micro_batch_size == "auto" else cfg.micro_batch_size)
-    size, most = cfg.total_batch_size, train.n_windows * cfg.block_size // part * part
-    insist(size % part == 0, f"--total_batch_size {size} is not a multiple of {part}, the product of micro_batch_size, "
-           f"block_size and processes: use {max(1, round(size / part)) * part}")
-    insist(meta["vocab_size"] <= cfg.vocab_size, f"{cfg.data_dir} has a vocabulary of {meta['vocab_size']} ids, the "
-           f"model one of {cfg.vocab_size}: leave --vocab_size out, or use other data")
-    insist(size <= most, f"{cfg.data_dir} has {train.n_tokens} train tokens, less than a step of {size}: use more "
-           "text, or " + (f"--total_batch_size {most}" if most else "a smaller --block_size"))
-
-
-def find_hellaswag(world):
-    """HellaSwag's questions, fetched by one process for all, or None with a word on how to add them."""
-    try:
-        world.first(hellaswag.find_data)
-        return list(hellaswag.iterate_examples("val"))
-    except UserError as error:
-        world.print(f"no HellaSwag score: {error}")
-
-
-def score_hellaswag(model, questions, tokenizer, world):
-    """Print and return HellaSwag's three scores with their standard errors (0.0046 on all 10,042 questions)."""
-    score = hellaswag.evaluate(model, questions, tokenizer, rank=world.rank, world_size=world.size,
-                               all_reduce=world.sum, dtype=world.dtype)
-    world.print("HellaSwag: " + hellaswag.describe(score))
-    return score
-
-
-# ---- what a run says of itself
 
 def describe_loss(loss, tokens, cfg, meta):
-    """A val loss with the name of its text, without which it says nothing; and in bits per byte, where the bytes are
-    known: the one loss that compares between vocabularies."""
+    """A val loss, with its text's name and, where that is known, in bits per byte, which compare across tokenizers."""
     val = [shard for shard in meta["shards"] if shard["split"] == "val" and shard.get("bytes")]
     n_tokens, n_bytes = (sum(shard[key] for shard in val) for key in ("tokens", "bytes"))
     bits = f", {loss / math.log(2) * n_tokens / n_bytes:.4f} bits per byte" if val else ""
     return f"val loss {loss:.4f}{bits} (on {tokens:,} tokens of {cfg.data_dir})"
 
 
-def describe_run(model, train, val, start, B, cfg, meta, world):
-    """What is about to happen, in five lines."""
-    T, rows = cfg.block_size, cfg.total_batch_size // cfg.block_size
-    epoch = train.n_windows // rows  # steps
-    world.print(f"model: {model.num_params():,} parameters, {cfg.vocab_size:,} rows in the vocabulary\n"
-                f"data: {cfg.data_dir} ({meta['tokenizer']}), {train.n_tokens:,} train tokens, of which an epoch reads "
-                f"{epoch * rows * T:,} in {epoch:,} steps\n"
-                f"val: {min(max(1, cfg.val_tokens // T), val.n_windows) * T:,} of {val.n_tokens:,} tokens\n"
-                f"batch: {cfg.total_batch_size:,} tokens = {B} rows x {T} tokens x "
-                f"{rows // B // world.size} accumulated x {world.size} processes\n"
-                f"steps: {start} to {cfg.max_steps}, {cfg.max_steps / epoch:.2f} epochs"
-                + ", all within the warm-up" * (cfg.warmup_steps >= cfg.max_steps)
-                + "; no checkpoint to resume yet" * (cfg.resume and start == 0)
-                + f"; log and checkpoints go to {cfg.log_dir}")
-
-
-# Peak dense 16-bit FLOP/s, from the makers' data sheets; whole words of the name that the driver gives.
-PEAK_FLOPS = {"H200 NVL": 835e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
-              "A100": 312e12, "L40S": 362e12, "RTX PRO 6000 Blackwell": 503.8e12, "RTX 6000 Ada": 364e12,
-              "RTX A6000": 154.8e12, "RTX 5090": 209.5e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12,
-              "T4": 65e12}
-
-
-def peak_flops(gpu):
-    """The peak of a GPU by its name, or None."""
-    # Laptop, Ti, SUPER and D variants of a listed GPU have other peaks, and so has a part of one (MIG).
-    return next((peak for name, peak in PEAK_FLOPS.items()
-                 if re.search(rf"\b{name}\b(?! (Ti|SUPER|D|Laptop))(?!.*MIG)", gpu)), None)
+# Peak dense 16-bit FLOP/s, from the makers' data sheets, by the name that the driver gives.
+PEAK_FLOPS = {
+    "NVIDIA H200": 989e12, "NVIDIA H200 NVL": 835e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100 PCIe": 756e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12, "NVIDIA RTX PRO 6000 Blackwell Workstation Edition": 503.8e12,
+    "NVIDIA RTX 6000 Ada Generation": 364e12, "NVIDIA L40S": 362e12, "NVIDIA GeForce RTX 5090": 209.5e12,
+    "NVIDIA GeForce RTX 4090": 165e12, "NVIDIA RTX A6000": 154.8e12, "NVIDIA GeForce RTX 3090": 71e12,
+    "Tesla V100-SXM2-16GB": 125e12, "Tesla V100-SXM2-32GB": 125e12, "Tesla T4": 65e12}
 
 
 def describe_step(step, loss, lr, norm, seconds, model, cfg, world):
     """The console's line for a step. Its MFU, "model FLOPs utilization", is the share of the GPU's arithmetic that is
     used by the 6N + 12LCT operations per token of N parameters in L layers (PaLM, appendix B)."""
     # The median of the last steps: the first one, in which the model is compiled, would spoil a mean.
-    left = int((cfg.max_steps - step - 1) * np.median(seconds[-21:]))
-    tok_s, gpu = cfg.total_batch_size / seconds[-1], ""
-    if world.device.type == "cuda":
-        gpu = f" | {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most"
-    if peak := peak_flops(world.gpu):
+    left = timedelta(seconds=int((cfg.max_steps - step - 1) * np.median(seconds[-21:])))
+    tok_s = cfg.total_batch_size / seconds[-1]
+    gpu = f" | {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most" if torch.cuda.is_initialized() else ""
+    if peak := PEAK_FLOPS.get(world.gpu):
         n = model.num_params() - cfg.block_size * cfg.n_embd  # looking up a position is not a product
         gpu += f" | MFU {(6 * n + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size) * tok_s / world.size / peak:.1%}"
     return (f"step {step:5d} | loss {loss:.6f} | lr {lr:.4e} | norm {norm:.4f} | {seconds[-1] * 1000:.1f} ms | "
-            f"{tok_s:,.0f} tok/s{gpu} | ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}")
+            f"{tok_s:,.0f} tok/s{gpu} | ETA {left}")
 
-
-# ---- the actions: the first word of the command line
 
 def evaluate(cfg):
     """eval: the val loss on data_dir, and HellaSwag, of what --init names -> {"val": loss, ...}."""
     world = World(cfg)
-    meta, tokenizer = open_data(cfg, world)
-    model, own = load_model(cfg.init)
-    check_tokenizer(model, own, cfg, meta, tokenizer)
-    val = Corpus(cfg.data_dir, "val", cfg.block_size, cfg.vocab_size)
+    meta, tokenizer, questions = open_data(cfg, world, quiz=cfg.hellaswag_every)
+    model = load_init(cfg, meta, tokenizer)
+    val = Corpus(cfg.data_dir, "val", cfg.block_size, model.config.vocab_size)
     B = fit_micro_batch(model.to(world.device), cfg, world)
     loss, tokens = evaluate_loss(model, val, B, cfg, world)
     world.print(describe_loss(loss, tokens, cfg, meta))
-    questions = find_hellaswag(world) if cfg.hellaswag_every and tokenizer else None
-    score = score_hellaswag(model, questions, tokenizer, world) if questions else {}
-    return dict(val=loss, tokens=tokens, **score)
+    values = dict(val=loss, tokens=tokens)
+    if questions:
+        values |= hellaswag.evaluate(model, questions, tokenizer, **world.share)
+        world.print(f"HellaSwag: {hellaswag.describe(values)}")
+    return values
 
 
-def sample(cfg, text=None, temperature=0.8, top_k=50, max_new_tokens=200, num_samples=1, **how):
+def sample(cfg, text=None, temperature=0.8, top_k=50, max_new_tokens=200, num_samples=1):
     """sample: what --init names continues a text -> the texts."""
     insist(temperature >= 0 and top_k > 0 and max_new_tokens >= 0 and num_samples > 0,
            "--temperature and --max_new_tokens must not be negative, --top_k and --num_samples must be above 0")
     world = World(cfg)
     model, tokenizer = load_model(cfg.init)
     texts = continue_text(model.to(world.device), tokenizer, cfg.prompt if text is None else text, num_samples,
-                          max_new_tokens, cfg.seed, temperature, top_k, **how)
+                          max_new_tokens, cfg.seed, temperature, top_k)
     world.print("\n\n".join(texts))
     return texts
 
@@ -1249,46 +1080,26 @@ def export(cfg, out):
     if tokenizer:
         fineweb.save_tokenizer(tokenizer, out)
     model.save_pretrained(out)
-    card = Path(out, "README.md")
-    if not card.exists():
+    if not (card := Path(out, "README.md")).exists():
         card.write_text("---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [gpt2]\n---\n\n"
                         f"# A GPT-2 of {model.config.n_layer} layers and {model.config.n_embd} channels\n\n"
                         f"Exported from {Path(cfg.init).name}. It continues texts, but follows no instructions.\n")
-    print(f"wrote {out}; try: python -c \"from transformers import pipeline; "
-          f"print(pipeline('text-generation', model='{out}')('Hello'))\"")
+    print(f"wrote {out}; transformers reads it: pipeline('text-generation', model='{out}')('Hello')")
 
 
-# For each, the function that does it, and the arguments that it takes besides the flags.
-ACTIONS = {
-    "train": (train, {}),
-    "eval": (evaluate, {}),
-    "sample": (sample, {"text": dict(nargs="?", help="what the model shall continue"),
-                        "--temperature": dict(type=float, help="0: the most probable id; 1: as the model says; 0.8"),
-                        "--top_k": dict(type=int, help="draw among the k most probable ids; 50"),
-                        "--max_new_tokens": dict(type=int, help="ids to write at most; 200"),
-                        "--num_samples": dict(type=int, help="how many texts; 1")}),
-    "export": (export, {"--out": dict(required=True, help="the folder to write")}),
-}
-# These settings can't be 0; all that are numbers are finite and not negative.
-ABOVE_ZERO = ("block_size", "n_layer", "n_head", "n_embd", "total_batch_size", "micro_batch_size", "max_steps",
-              "max_lr", "val_tokens", "keep_checkpoints")
+ACTIONS = dict(train=train, eval=evaluate, sample=sample, export=export)
 
 
 def parse_config(action, argv):
-    """Words -> (TrainConfig, {what the action takes besides}). Where a value is given in several places, the first of
-    these wins:
-
-        1 a flag    2 the file of --config    3 --preset
-        4 with --resume, what log_dir/config.json remembers; else what --init's model has: its shape for a new run,
-          all settings of its run for the other actions
-        5 the default in TrainConfig
-    """
+    """Words -> (TrainConfig, {what the action takes besides}). The first of these that has a setting decides: a flag,
+    the file of --config, --preset; with --resume, log_dir/config.json, else the model of --init (its shape for a new
+    run, all settings of its run for the other actions); the default in TrainConfig."""
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # torchrun starts anew after a death
         argv = [*argv, "--resume"]
     given = vars(make_parser(action).parse_args(argv))
     preset, file = PRESETS[given.pop("preset", "gpt2")], given.pop("config", None)
     types = {field.name: field.type for field in fields(TrainConfig)}
-    extra = {name: given.pop(name) for name in list(given) if name not in types}
+    extra = {name: given.pop(name) for name in given.keys() - types}
     settings = {**preset, **(read_json(file) if file else {}), **given}
     log_dir = settings.get("log_dir", TrainConfig.log_dir)
     init = settings.get("init", "scratch" if action == "train" else log_dir)
@@ -1298,11 +1109,10 @@ def parse_config(action, argv):
     elif init != "scratch":
         checkpoint = find_checkpoint(init)
         found = checkpoint["config"] if checkpoint else read_json(Path(fetch_pretrained(init), "config.json"))
-        if action == "train" or not checkpoint:
-            found = asdict(model_config(found))
-        settings = {**found, **settings, "init": init}
-    unknown = sorted(settings.keys() - types)
-    insist(not unknown, f"unknown settings in a configuration file: {', '.join(unknown)}")
+        found.setdefault("block_size", found.get("n_positions", GPTConfig.block_size))  # Hugging Face's name for it
+        taken = types if checkpoint and action != "train" else [field.name for field in fields(GPTConfig)]
+        settings = {**{name: found[name] for name in taken if name in found}, **settings, "init": init}
+    insist(settings.keys() <= types.keys(), f"unknown settings: {', '.join(settings.keys() - types)}")
     cfg = TrainConfig(**{name: convert(name, types[name], value) for name, value in settings.items()})
     insist(cfg.n_embd % cfg.n_head == 0, f"--n_embd {cfg.n_embd} is not a multiple of --n_head {cfg.n_head}")
     insist(cfg.min_lr <= cfg.max_lr, f"--min_lr {cfg.min_lr} is above --max_lr {cfg.max_lr}")
@@ -1311,18 +1121,23 @@ def parse_config(action, argv):
 
 def make_parser(action):
     """A parser whose flags are the fields of TrainConfig, and whose help is the comments after them."""
-    # Without abbreviations, or --max would be max_steps until a second field begins so. With SUPPRESS, what was not
-    # given is absent, so that it can be told from what was given its default.
+    # With SUPPRESS, what was not given is absent, so that it can be told from what was given its default.
     parser = fineweb.Parser(prog=f"train_gpt2.py {action}", allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    source = Path(__file__).read_text(encoding="utf-8")
+    add, source = parser.add_argument, Path(__file__).read_text(encoding="utf-8")
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
     for field in fields(TrainConfig):
         options = dict(nargs="?", const="1") if field.type is bool else {}
-        parser.add_argument(f"--{field.name}", help=comments.get(field.name, "").replace("%", "%%"), **options)
-    parser.add_argument("--preset", choices=PRESETS, help="a set of values for the flags above")
-    parser.add_argument("--config", metavar="FILE.json", help="a file of flags, such as the config.json of a run")
-    for name, options in ACTIONS[action][1].items():
-        parser.add_argument(name, **options)
+        add(f"--{field.name}", help=comments.get(field.name, "").replace("%", "%%"), **options)
+    add("--preset", choices=PRESETS, help="a set of values for the flags above")
+    add("--config", metavar="FILE.json", help="a file of flags, such as the config.json of a run")
+    if action == "sample":
+        add("text", nargs="?", help="what the model shall continue")
+        add("--temperature", type=float, help="0: the most probable id; 1: as the model says; 0.8")
+        add("--top_k", type=int, help="draw among the k most probable ids; 50")
+        add("--max_new_tokens", type=int, help="ids to write at most; 200")
+        add("--num_samples", type=int, help="how many texts; 1")
+    if action == "export":
+        add("--out", required=True, help="the folder to write")
     return parser
 
 
@@ -1330,17 +1145,18 @@ def convert(name, kind, value):
     """A word of the command line, or a value in a JSON file -> a field's value, of its type and in its range."""
     if name == "micro_batch_size":
         kind = str if value == "auto" else int
-    choices = ("0", "1", "False", "True") if kind is bool else typing.get_args(kind)
+    choices = ("0", "1", "False", "True") if kind is bool else get_args(kind)
     if choices:
         insist(str(value) in choices, f"--{name} {value}: choose from {', '.join(choices)}")
         return str(value) in ("1", "True") if kind is bool else value
+    positive = name in ("block_size", "n_layer", "n_head", "n_embd", "total_batch_size", "micro_batch_size",
+                        "max_steps", "max_lr", "val_tokens", "keep_checkpoints")
     try:
         new = kind(value)
-        assert isinstance(value, str) or new == value
-    except (TypeError, ValueError, AssertionError):
-        raise UserError(f"--{name} {value!r}: must be {kind.__name__}") from None
-    insist(kind is str or 0 < new < math.inf or new == 0 and name not in ABOVE_ZERO,
-           f"--{name} {value}: must {'be above 0' if name in ABOVE_ZERO else 'not be negative'}")
+        good = new == value if kind is str else new == float(value) and 0 <= new < math.inf and (new or not positive)
+    except (TypeError, ValueError):
+        good = False
+    insist(good, f"--{name} {value}: must be {kind.__name__}, {'above 0' if positive else '0 or more'}")
     return new
 
 
@@ -1350,35 +1166,31 @@ def main(argv=None):
     action = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
     insist(action in ACTIONS, f"there is no action {action!r}: choose from {', '.join(ACTIONS)}")
     cfg, extra = parse_config(action, argv)
-    try:
-        return ACTIONS[action][0](cfg, **extra)
-    except torch.OutOfMemoryError as error:
-        raise UserError("the GPU's memory ran out: try half as many rows with --micro_batch_size") from error
+    return ACTIONS[action](cfg, **extra)
 
 
 def command():
     """The program: main, with one line instead of a traceback for wrong input -> its exit status."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a Windows console may lack a letter that the model writes
-    status = 1
+    rank, status = os.environ.get("RANK"), 0
     try:
         main()
         if dist.is_initialized():
             dist.destroy_process_group()
-        status = 0
-    except (UserError, OSError) as error:
-        # Wrong input is met by all processes, and torchrun ends the others when the first one leaves. So the others
-        # give process 0 time to say it; what only they have met is said by them, later.
-        time.sleep(10 if os.environ.get("RANK", "0") != "0" else 0)
-        print(f"train_gpt2.py: {error}", file=sys.stderr)
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
+        # torchrun ends all when the first one leaves. Mostly all have met the same: process 0 is given time to say it.
+        time.sleep(10 if rank not in (None, "0") else 0)
+        advice = "half as many rows, --micro_batch_size, may fit: " * isinstance(error, torch.OutOfMemoryError)
+        print(f"train_gpt2.py: {advice}{' '.join(str(error).split())}", file=sys.stderr)
         status = 2
     except Exception:
         sys.excepthook(*sys.exc_info())
-    if "RANK" in os.environ:
+        status = 1
+    if rank:
         # Leave at once, after an error too. Closing the group would wait for processes that wait for us; and its
         # threads outlive it, and can abort a Python that shuts down.
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(status)
     return status
 

@@ -264,7 +264,7 @@ def peak_of(stepper, device):
 def peak_flops(device):
     """Operations a second that a GPU's maker promises in 16 bits, or that matrix products reach on this CPU."""
     if device.type == "cuda":
-        return train_gpt2.peak_flops(torch.cuda.get_device_name(device)) or float("nan")
+        return train_gpt2.PEAK_FLOPS.get(torch.cuda.get_device_name(device), float("nan"))
     dtype = train_gpt2.pick_dtype("auto", device)
     a, b = torch.randn(1024, 768, dtype=dtype), torch.randn(768, 3072, dtype=dtype)
     seconds = in_turn({"mm": lambda: [a @ b for _ in range(10)]}, 5)

@@ -54,13 +54,13 @@ def test_two_processes_train_as_one_in_float32(whole, whole_of_two):
     assert farthest(saved(whole_of_two), saved(whole)) < 1e-4
 
 
-@pytest.mark.parametrize("val_tokens, size, said", [(10**7, 2, "496 of 500"), (32, 4, "32 of 500")])
-def test_a_val_split_that_cannot_be_shared_out_evenly(base, tmp_path, val_tokens, size, said):
+@pytest.mark.parametrize("val_tokens, size, scored", [(10**7, 2, 496), (32, 4, 32)])
+def test_a_val_split_that_cannot_be_shared_out_evenly(base, tmp_path, val_tokens, size, scored):
     """31 windows for two processes: the last of four rounds has 7 rows. Two for four: two of them wait."""
     for n in (1, size):
         out = run_many(n, command(base, f"log{n}", val_tokens=val_tokens, max_steps=2, warmup_steps=1, val_every=1),
                        tmp_path, in_float64)[0].out
-        assert f"val: {said} tokens" in out and f"(on {said.split()[0]} tokens of " in out
+        assert f"(on {scored} tokens of " in out
     assert_agrees(tmp_path / f"log{size}", tmp_path / "log1", rel=2e-8)
 
 

@@ -147,7 +147,7 @@ NUMBERS = [
     ("saves 38.6M of", 38.6e6, V * C),
     ("163M parameters", 163e6, n_params() + V * C),
     ("124,439,808 for the smallest GPT-2", 124_439_808, n_params()),
-    ("50 MB a row and layer in float32 at T = 1024", 50e6, HEADS * SEEN * SEEN * 4),
+    ("50 MB per layer and row in float32 at T = 1024", 50e6, HEADS * SEEN * SEEN * 4),
     ("10.98 for 124M", 10.98, math.log(V) + (0.02 * math.sqrt(C)) ** 2 / 2),
     ("not ln V = 10.82", 10.82, math.log(V)),
     ("256 bytes + 50,000 merges + <|endoftext|>", V, 256 + 50_000 + 1),

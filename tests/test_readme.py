@@ -44,6 +44,7 @@ def commands(text):
 
 def check_train_gpt2(words):
     action = words.pop(0) if words and not words[0].startswith("-") else "train"
+    assert action in train_gpt2.ACTIONS
     given = vars(train_gpt2.make_parser(action).parse_args(words))
     if action == "train" and not {"init", "config"} & given.keys():  # these would look for files
         train_gpt2.parse_config(action, words)

@@ -411,10 +411,10 @@ def test_a_log_that_cannot_be_written_waits(tmp_path, capsys):
     with contextlib.closing(Log(tiny_config(log_dir=str(tmp_path)), FakeWorld(), 0)) as log:
         (tmp_path / "log.txt").unlink()
         (tmp_path / "log.txt").mkdir()
-        log.write(3, {"train": 4.5, "norm": 1.0})
+        log.write(3, {"train": 4.5, "norm": 1.0}, "")
         assert capsys.readouterr().out.startswith("WARNING: the log of step 3 can't be written yet: ")
         (tmp_path / "log.txt").rmdir()
-        log.write(4, {"train": 4.25})
+        log.write(4, {"train": 4.25}, "")
     assert (tmp_path / "log.txt").read_text() == "3 train 4.5\n3 norm 1\n4 train 4.25\n"
     assert log.values == {"train": {3: 4.5, 4: 4.25}, "norm": {3: 1.0}} and capsys.readouterr().out == ""
 

@@ -218,10 +218,11 @@ def test_what_auto_chooses_on_a_cpu(rows, size, block_size, B):
 
 
 @pytest.mark.parametrize("n_vocab, rows", [(256, 256), (257, 384), (384, 384), (2048, 2048)])
-def test_a_vocabulary_is_padded_to_a_multiple_of_128(n_vocab, rows):
-    cfg = tiny_config(vocab_size=0)
-    model, _ = train_gpt2.first_model(cfg, dict(vocab_size=n_vocab, eot=7), None, FakeWorld())
-    assert len(model.transformer.wte.weight) == cfg.vocab_size == rows and (model.n_vocab, model.eot) == (n_vocab, 7)
+def test_a_vocabulary_is_padded_to_a_multiple_of_128(tmp_path, n_vocab, rows):
+    cfg = tiny_config(vocab_size=0, data_dir=str(tmp_path))
+    (tmp_path / "meta.json").write_text(json.dumps(dict(tokenizer="bytes", vocab_size=n_vocab, shards=[])))
+    meta, _, _ = train_gpt2.open_data(cfg, FakeWorld(), quiz=False)
+    assert cfg.vocab_size == rows and meta["vocab_size"] == n_vocab
 
 
 # ---- devices
