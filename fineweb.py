@@ -7,9 +7,8 @@
     python fineweb.py --source books/*.txt --tokenizer bytes    # your own .txt, .jsonl, .parquet, folders
 
 A hub data set with a validation split keeps it as val; of any other, the first shard is val. Files and the builtin
-text are shuffled by --seed, and --val_fraction of the documents (or the end of a single one) are val. Stop a job
-whenever you like, kill -9 included: the same command continues after the last finished shard and ends with the same
-bytes. Then meta.json tells what the shards hold.
+text are shuffled by --seed, and --val_fraction of the documents (or the end of a single one) are val. Stop a job when
+you like, even by kill -9: the same command continues after the last finished shard and ends with the same bytes.
 """
 import argparse
 import ast
@@ -31,10 +30,8 @@ from types import SimpleNamespace
 import numpy as np
 
 # ---- 1 the idea, in thirty lines ------------------------------------------------------------------------------------
-# Start here. This is how training data is made, by a script with a single process. The rest of the file does the same
+# Start here: this is how training data is made, by a script with a single process. The rest of the file does the same
 # with any text and tokenizer (2, 3), on all cores and safe from interruptions (4, 5), and from the command line (6).
-
-
 def simple_shards(documents, folder, tokenizer, shard_size=100_000_000):
     """Documents -> ids -> shards. With a token a letter and shards of 5 ids:
 
@@ -57,12 +54,10 @@ def simple_shards(documents, folder, tokenizer, shard_size=100_000_000):
 
 
 # ---- what everything below refers to --------------------------------------------------------------------------------
-
 EOT = "<|endoftext|>"
 KNOWN = {   # name: (repository on the hub, configuration, folder under data/)
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT", "edu_fineweb10B"),
-    "tinystories": ("roneneldan/TinyStories", None, "tinystories"),
-}
+    "tinystories": ("roneneldan/TinyStories", None, "tinystories")}
 FINEWEB_TOKENS = 9_953_989_101      # GPT-2 tokens in sample-10BT: 99 shards of 100M, and a shorter one
 READY_MADE = "kjj0/finewebedu10B-gpt2"
 FILES = (".txt", ".jsonl", ".parquet")
@@ -92,23 +87,19 @@ def one_line(error):
 
 # ---- 2 documents: a corpus is anything that yields texts, one after another, so that few are in memory ---------------
 def builtin_documents():
-    """English that every Python carries: the Language Reference, as `help("topics")` shows it, then the docstrings of
-    the library, one document per module. It is parsed, never imported: `import antigravity` would open a browser."""
+    """English that every Python carries: the Language Reference, then the library's docstrings, module by module."""
     from pydoc_data.topics import topics
     yield from dict.fromkeys(topics.values())       # some are listed under several names
     library, seen = Path(os.__file__).parent, {None, ""}
     skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "pydoc_data"}
     for path in sorted(library.rglob("*.py")):
         if skipped.isdisjoint(path.relative_to(library).parts):
-            try:
-                nodes = ast.walk(ast.parse(path.read_bytes()))
-            except (SyntaxError, ValueError):       # some Pythons ship files that don't parse
-                continue
-            owners = (node for node in nodes if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)))
-            texts = [text for text in dict.fromkeys(map(ast.get_docstring, owners)) if text not in seen]
-            seen.update(texts)
-            if texts:
-                yield "\n\n".join(texts)
+            with suppress(SyntaxError, ValueError):     # some Pythons ship files that don't parse
+                nodes = ast.walk(ast.parse(path.read_bytes()))      # never imported: antigravity opens a browser
+                owners = (node for node in nodes if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)))
+                if texts := [text for text in dict.fromkeys(map(ast.get_docstring, owners)) if text not in seen]:
+                    seen.update(texts)
+                    yield "\n\n".join(texts)
 
 
 def file_documents(path, column):
@@ -119,8 +110,8 @@ def file_documents(path, column):
         mark, blanks = r"(?m)^[^\S\n]*<\|endoftext\|>[^\S\n]*$", r"\n[^\S\n]*\n[^\S\n]*\n"
         yield from map(str.strip, re.split(mark if re.search(mark, text) else blanks, text))
     elif path.suffix == ".jsonl":
-        lines = path.open(encoding="utf-8-sig", errors="replace")
-        yield from (json.loads(line)[column] for line in lines if line.strip())
+        for line in filter(str.strip, path.open(encoding="utf-8-sig", errors="replace")):
+            yield json.loads(line)[column]
     else:
         from pyarrow.parquet import ParquetFile
         for rows in ParquetFile(path).iter_batches(256, columns=[column]):
@@ -140,17 +131,14 @@ def clean(documents):
 
 
 def some(documents, size):
-    """Takes documents from an iterator until they make up `size` characters or more."""
-    for text in documents:
+    """Takes documents, none of them empty, from an iterator until they make up `size` characters or more."""
+    while size > 0 and (text := next(documents, None)):
         yield text
         size -= len(text)
-        if size <= 0:
-            break
 
 
 def split_documents(documents, val_fraction, seed):
-    """Takes SAMPLE characters from an iterator, most corpora as a whole -> [val, train], two lists in an order drawn
-    from `seed`. Later documents stay in the iterator: they are train."""
+    """Takes SAMPLE characters, mostly all, from an iterator -> [val, train], shuffled. What it keeps is train, too."""
     block = list(some(documents, SAMPLE))
     if len(block) == 1:
         cut = int(len(block[0]) * (1 - val_fraction))
@@ -169,9 +157,8 @@ def patiently(job):
         try:
             return job()
         except (OSError, *HfHubHTTPError.__bases__) as error:       # among its bases: any error of HTTP
-            # In the first minute: a wrong name, or no network at all.
-            insist(pause and time.monotonic() - begun > 60, f"no data, or no network ({one_line(error)}). {KEPT}. "
-                   "Without a network: --source builtin, or files. Less to fetch: --pretokenized N")
+            if not pause or time.monotonic() - begun < 60:      # at once: a wrong name, or no network at all
+                raise UserError(f"{one_line(error)}. {KEPT}. No network? --source builtin, or files") from None
             print(f"{one_line(error)}; next try in {pause} s", file=sys.stderr)
             time.sleep(pause)
 
@@ -179,15 +166,7 @@ def patiently(job):
 # ---- 3 tokenizers ---------------------------------------------------------------------------------------------------
 # A byte-level BPE is a list of byte strings: the 256 bytes, then longer ones, each merged from two before it. The
 # place in the list is the id, and also the rank: of all the merges that a word allows, the earliest is done first.
-# "gpt2", "bytes" (no merges) and "bpe:N" are such lists. tiktoken encodes with them, 4 to 20 times faster than
-# `tokenizers`, which trains them, and knows the files in which they are exchanged.
-def bpe(ranks, name):
-    """The tokenizer of {byte string: id}, with GPT-2's rule for where words end."""
-    from tiktoken import Encoding
-    from tiktoken_ext.openai_public import r50k_pat_str
-    return Encoding(name, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
-
-
+# "gpt2", "bytes" (no merges) and "bpe:N" are such lists. `tokenizers` trains, tiktoken encodes, 4 to 20 times faster.
 def train_tokenizer(documents, size):
     """Byte-level BPE of `size` ids, learned from an iterator of texts: 256 bytes, the merges, and `<|endoftext|>`."""
     from tokenizers import ByteLevelBPETokenizer
@@ -202,40 +181,40 @@ def load_tokenizer(source):
     """The tokenizer called "gpt2" or "bytes", or that of a folder with tokenizer.json. It has `encode_ordinary(text)`,
     for which `<|endoftext|>` is text like any other, `decode(ids)`, `n_vocab`, `eot_token` and `name`."""
     kind = source if source in ("gpt2", "bytes") else read_record(source).get("tokenizer")
+    import tiktoken
     if kind == "bytes":
-        return bpe({bytes([i]): i for i in range(256)}, kind)
+        ranks = {bytes([i]): i for i in range(256)}
+        return tiktoken.Encoding("bytes", pat_str="(?s).", mergeable_ranks=ranks, special_tokens={EOT: 256})
     if kind == "gpt2":
-        import tiktoken
-        try:
+        with suppress(OSError, ValueError):
             return tiktoken.get_encoding("gpt2")
-        except (OSError, ValueError) as error:
-            raise UserError(f"GPT-2's vocabulary is not here ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to a "
-                            "folder that has it, copied from elsewhere, or use bytes or bpe:N") from None
+        raise UserError("GPT-2's vocabulary can't be fetched: set TIKTOKEN_CACHE_DIR to a copy, or use bytes or bpe:N")
     path = Path(source, "tokenizer.json")
     insist(path.exists(), f"no tokenizer {source}: neither gpt2, nor bytes, nor a folder with tokenizer.json")
     config = Path(source, "tokenizer_config.json")
     eos = read_json(config).get("eos_token") if config.exists() else None
-    eos = eos["content"] if isinstance(eos, dict) else eos
     return tokenizer_from_json(path.read_text(encoding="utf-8"), kind or str(path.resolve().parent), eos)
 
 
 def tokenizer_from_json(text, name, eot=None):
     """The tokenizer of a tokenizer.json. `eot` is the end-of-text token, or its id, of one without `<|endoftext|>`."""
+    from tiktoken import Encoding
+    from tiktoken_ext.openai_public import r50k_pat_str         # GPT-2's rule for where words end
     from tokenizers import Tokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
     library = Tokenizer.from_str(text)
     ids = library.get_vocab()
     if name.startswith(("bytes", "bpe:")):          # made here; GPT-2 writes each byte as a letter: a space is "Ġ"
         byte = {letter: byte for byte, letter in bytes_to_unicode().items()}
-        return bpe({bytes(map(byte.get, token)): i for token, i in ids.items() if token != EOT}, name)
+        ranks = {bytes(map(byte.get, token)): i for token, i in ids.items() if token != EOT}
+        return Encoding(name, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
     library.no_truncation()                         # a file may ask for 512 ids of any text
     library.encode_special_tokens = True            # <|endoftext|> within a text is text
-    eot = ids.get(EOT, ids.get(eot, eot))
+    eot = ids.get(EOT, ids.get(eot["content"] if isinstance(eot, dict) else eot, eot))
     insist(isinstance(eot, int), f"tokenizer {name} has no {EOT}, and tokenizer_config.json names no other eos_token")
-    return SimpleNamespace(
-        json=text, name=name, n_vocab=max(ids.values()) + 1, eot_token=eot,
-        encode_ordinary=lambda text: library.encode(text, add_special_tokens=False).ids,
-        decode=lambda ids: library.decode(ids, skip_special_tokens=False))
+    return SimpleNamespace(json=text, name=name, n_vocab=max(ids.values()) + 1, eot_token=eot,
+                           encode_ordinary=lambda text: library.encode(text, add_special_tokens=False).ids,
+                           decode=lambda ids: library.decode(ids, skip_special_tokens=False))
 
 
 def tokenizer_to_json(tokenizer):
@@ -268,9 +247,7 @@ def save_tokenizer(tokenizer, folder):
 # ---- 4 shards -------------------------------------------------------------------------------------------------------
 # As in section 1, but threads tokenize batches of documents, which are put in order again and cut every shard_size ids.
 # The cuts depend on the documents alone. To continue after a cut, go to the batch that was cut and drop its first ids.
-# START is such a position; progress.json holds the last one: which stream of texts, where in it, how many ids further.
-
-START = {"stream": 0, "place": 0, "tokens": 0}
+START = {"stream": 0, "place": 0, "tokens": 0}      # a position: val or train texts, the batch, how many of its ids
 
 
 def tokenize(text, tokenizer):
@@ -285,15 +262,6 @@ def tokenize(text, tokenizer):
     return np.concatenate([[tokenizer.eot_token], ids]).astype(np.uint16)
 
 
-def tokenize_batch(texts, tokenizer):
-    """The ids of documents in a row. tiktoken does all in one call, and lets other threads run meanwhile."""
-    row = "".join(EOT + text for text in texts)
-    if row.count(EOT) == len(texts) and hasattr(tokenizer, "encode_to_numpy"):      # else a text says <|endoftext|>
-        with suppress(ValueError):
-            return tokenizer.encode_to_numpy(row, allowed_special={EOT}).astype(np.uint16)
-    return np.concatenate([tokenize(text, tokenizer) for text in texts])
-
-
 def tokenized(documents, position, tokenizer, workers):
     """(position, ids) of batch after batch, from a position on, in order, however many threads there are. Data sets of
     `datasets` have places of their own and go there at once; elsewhere a place is the number of documents before it."""
@@ -303,35 +271,32 @@ def tokenized(documents, position, tokenizer, workers):
     rest, pending = islice(clean(documents), 0 if jumps else place, None), deque()
     with ThreadPoolExecutor(workers) as pool:
         while (batch := list(some(rest, BATCH))) or pending:
-            if batch:
-                pending.append((position, pool.submit(tokenize_batch, batch, tokenizer)))
+            if batch:       # a `map` waits until somebody asks: it is a thread that makes the list
+                pending.append((position, pool.submit(list, map(partial(tokenize, tokenizer=tokenizer), batch))))
                 place = documents.state_dict() if jumps else place + len(batch)
                 position = position | {"place": place, "tokens": 0}
             if not batch or len(pending) > AHEAD * workers:
                 begin, ids = pending.popleft()
-                yield begin, ids.result()
+                yield begin, np.concatenate(ids.result())[begin["tokens"]:]
 
 
 def fill(work, rest, size, progress):
     """Up to `size` ids, first from what the last shard left, then from `work` -> (the shard, what it leaves)."""
-    shard, filled = np.empty(size, np.uint16), 0
+    pieces = []
     for position, ids in chain([rest], work):
-        piece = ids[position["tokens"]:][:size - filled]
-        shard[filled:filled + len(piece)] = piece
-        filled += len(piece)
-        position = position | {"tokens": position["tokens"] + len(piece)}
-        progress(len(piece))
-        if filled == size:
+        pieces.append(ids[:size])
+        progress(used := len(pieces[-1]))
+        size -= used
+        if size == 0:
             break
-    return shard[:filled], (position, ids)
+    return np.concatenate(pieces), (position | {"tokens": position["tokens"] + used}, ids[used:])
 
 
 def write_shards(documents, out, tokenizer="gpt2", *, val=None, workers=1, progress=lambda tokens: None, name="corpus",
                  shard_size=100_000_000, max_tokens=None, val_fraction=0.1, **facts):
-    """Tokenizes texts into shards in the folder `out`; returns the content of its meta.json. A finished folder is left
-    alone, an unfinished one continued from the same documents, one that was made with other settings refused.
-    `documents` and `val` are iterables of str, or data sets of one column; without `val`, the first shard is val.
-    `progress` is told of each few thousand tokens; `facts` are more entries for meta.json: source, seed ..."""
+    """Tokenizes texts (iterables of str, or data sets of one column) into shards in the folder `out`, which is left
+    alone if it is finished, continued from the same texts if not, and refused if other settings made it. Without `val`,
+    the first shard is val. `facts` are more entries for meta.json. Returns what that says in the end."""
     out, tokenizer = Path(out), load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     insist(tokenizer.n_vocab <= 1 << 16, f"{tokenizer.name} has {tokenizer.n_vocab:,} ids; a shard has room for 65,536")
     settings = {"name": name, "tokenizer": tokenizer.name, "shard_size": shard_size, "max_tokens": max_tokens,
@@ -348,7 +313,7 @@ def write_shards(documents, out, tokenizer="gpt2", *, val=None, workers=1, progr
     room = {"val": int(most * val_fraction), "train": most - int(most * val_fraction)}
     streams, shards = [documents] if val is None else [val, documents], record["shards"]
     for number in range(record["next"]["stream"], len(streams)):
-        work, rest = tokenized(streams[number], record["next"], tokenizer, workers), (START, ())
+        work, rest = tokenized(streams[number], record["next"], tokenizer, workers), (START, np.uint16([]))
         while True:
             write_json(out / "progress.json", record)
             split = "train" if number or val is None and shards else "val"
@@ -363,27 +328,11 @@ def write_shards(documents, out, tokenizer="gpt2", *, val=None, workers=1, progr
                            "documents": int((ids == tokenizer.eot_token).sum()),
                            "sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
         record["next"] = START | {"stream": number + 1}
-    insist({shard["split"] for shard in shards} == {"val", "train"}, "too little text for a val and a train shard with "
-           f"this --shard_size, --max_tokens, --val_fraction (to try others, remove {out})")
+    insist({shard["split"] for shard in shards} == {"val", "train"}, "too little text for a val and a train shard: "
+           f"remove {out}, then try another --shard_size, --max_tokens or --val_fraction")
     write_json(out / "meta.json", {key: record[key] for key in record if key != "next"} | {"complete": True})
     (out / "progress.json").unlink()
     return read_meta(out)
-
-
-def fetch_ready_made(out, count):
-    """Fetches val and `count` train shards of FineWeb-Edu, if they aren't here. Their bytes of text are unknown."""
-    from huggingface_hub import snapshot_download
-    insist(not read_record(out), f"{out} holds shards of another kind: choose another --out")
-    names = [f"finewebedu_{'train' if i else 'val'}_{i:06d}.bin" for i in range(min(count, 99) + 1)]
-    check_disk(out, 200_001_024 * sum(not Path(out, name).exists() for name in names))
-    snapshot_download(READY_MADE, repo_type="dataset", local_dir=out, allow_patterns=names)
-
-
-def check_disk(out, need):
-    out.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out).free
-    print(f"{out}: about {need / 1e9:,.2f} GB needed, {free / 1e9:,.2f} GB free")
-    insist(need <= free, f"not enough room in {out}: make some, choose another --out, or use --max_tokens")
 
 
 # ---- 5 files, whole or not at all ------------------------------------------------------------------------------------
@@ -423,8 +372,7 @@ def read_record(folder, settings={}):
 
 
 def read_meta(data_dir):
-    """What meta.json tells of finished shards: tokenizer, vocab_size, eot, shards and more. Those from elsewhere, which
-    have none, are taken to be GPT-2's ids."""
+    """What meta.json tells of finished shards. Those from elsewhere, which have none, are taken to be GPT-2's ids."""
     record = read_record(data_dir)
     insist(record.get("complete", True), f"{data_dir} is not finished: the same fineweb.py command continues")
     return {"tokenizer": "gpt2", "vocab_size": 50257, "eot": 50256, "shards": []} | record
@@ -438,14 +386,13 @@ def open_shards(data_dir, split):
         try:
             if file.suffix == ".npy":
                 ids = np.load(file, mmap_mode="r", allow_pickle=False)      # nothing in a file is executed
-                insist(ids.dtype == np.uint16 and ids.ndim == 1,
-                       f"{ids.ndim}-dimensional {ids.dtype}, where a shard is a row of uint16")
+                insist(ids.dtype == np.uint16 and ids.ndim == 1, f"{ids.dtype}, where a shard is a row of uint16")
             else:
                 ids = np.memmap(file, dtype=np.uint16, mode="r", offset=1024)
                 insist(np.fromfile(file, np.int32, 3).tolist() == [20240520, 1, len(ids)], "header and length differ")
+            shards.append((file, ids))
         except (ValueError, OSError, EOFError) as error:
             raise UserError(f"{file} is damaged ({error}): delete it and make it again with fineweb.py") from None
-        shards.append((file, ids))
     insist(shards, f"no {split} shards in {Path(data_dir).resolve()}: `python fineweb.py --out {data_dir}` makes them "
                    "from FineWeb-Edu, --source from other text; --preset laptop needs none")
     return shards
@@ -467,8 +414,7 @@ def parse_args(argv):
     add("--workers", type=int, default=os.cpu_count(), help="threads that tokenize (default: one per core)")
     add("--pretokenized", type=int, nargs="?", const=99, metavar="N", help=f"fetch N shards of {READY_MADE}")
     args = parser.parse_args(argv)
-    insist(re.fullmatch("gpt2|bytes|bpe:[0-9]{3,5}", args.tokenizer),
-           f"--tokenizer {args.tokenizer}: it is gpt2, bytes, or bpe:N with N from 257 to 65536")
+    insist(re.fullmatch("gpt2|bytes|bpe:[0-9]{3,5}", args.tokenizer), "--tokenizer: gpt2, bytes, or bpe:N, N from 257")
     insist(0 < args.val_fraction < 1, f"--val_fraction {args.val_fraction}: it must lie between 0 and 1")
     insist(args.pretokenized is None or (args.tokenizer, args.source) == ("gpt2", ["fineweb-edu"]),
            "--pretokenized is FineWeb-Edu in GPT-2's tokens: leave out --source and --tokenizer")
@@ -480,8 +426,7 @@ def main(argv=None):
     args = parse_args(argv)
     settings = {key: getattr(args, key) for key in ("text_column", "seed", "max_tokens", "shard_size", "val_fraction")}
     source, paths, files = args.source[0], list(map(Path, args.source)), []
-    hub = source in KNOWN or source.count("/") == 1 and not (os.path.exists(source) or source.endswith(FILES))
-    if hub:
+    if source in KNOWN or source.count("/") == 1 and not (os.path.exists(source) or source.endswith(FILES)):
         repo, config, name = KNOWN.get(source) or (source, None, source.split("/")[1])
         settings |= {"name": name, "source": repo, "config": args.config or config}
     elif source == "builtin":
@@ -490,17 +435,18 @@ def main(argv=None):
         files = [file for path in paths for file in [path, *sorted(path.rglob("*"))] if file.suffix in FILES]
         insist(files and all(path.exists() for path in paths), f"--source {' '.join(args.source)}: no such {FILES} or "
                f"folder; other sources are builtin, {', '.join(KNOWN)} and OWNER/NAME of a hub data set")
-        size = sum(path.stat().st_size for path in files)       # another size means another text
         settings |= {"name": files[0].stem, "source": ", ".join(path.name for path in files[:3]),
-                     "revision": f"{size:,} bytes in {len(files)} files"}
+                     "revision": f"{sum(path.stat().st_size for path in files):,} bytes in {len(files)} files"}
     args.out = args.out or Path("data", settings["name"])
     job = partial(make_shards, args, settings, files)
     if args.pretokenized is not None:
-        job = partial(fetch_ready_made, args.out, args.pretokenized)
-    patiently(job) if hub else job()
+        from huggingface_hub import snapshot_download
+        insist(not read_record(args.out), f"{args.out} holds shards of another kind: choose another --out")
+        names = [f"*_{i:06d}.bin" for i in range(args.pretokenized + 1)]        # 0 is val, 1 to 99 are train
+        job = partial(snapshot_download, READY_MADE, repo_type="dataset", local_dir=args.out, allow_patterns=names)
+    patiently(job) if "config" in settings else job()       # a data set of the hub has one
     for split in "val", "train":
-        shards = open_shards(args.out, split)
-        print(f"{split}: {sum(len(ids) for _, ids in shards):,} tokens in {len(shards)} shards")
+        print(f"{split}: {sum(len(ids) for _, ids in open_shards(args.out, split)):,} tokens")
     return read_meta(args.out)
 
 
@@ -510,7 +456,7 @@ def make_shards(args, settings, files):
     record = read_record(args.out, settings | {"tokenizer": args.tokenizer})
     if record.get("complete"):
         return
-    if "revision" in settings:
+    if "config" not in settings:
         documents = chain.from_iterable(file_documents(path, args.text_column) for path in files)
         documents = clean(documents if files else builtin_documents())
         val, sample = split_documents(documents, args.val_fraction, args.seed)
@@ -519,29 +465,29 @@ def make_shards(args, settings, files):
     else:
         from datasets import load_dataset
         from huggingface_hub import HfApi
-        repo, revision = settings["source"], record.get("revision")     # a job of last week keeps last week's text
-        settings = settings | {"revision": revision or HfApi().dataset_info(repo).sha}
+        repo, config, revision = settings["source"], settings["config"], record.get("revision")
+        settings["revision"] = revision = revision or HfApi().dataset_info(repo).sha    # for good: the text may change
         try:
-            splits = load_dataset(repo, settings["config"], streaming=True, revision=settings["revision"])
-            splits = splits.select_columns([args.text_column])
+            splits = load_dataset(repo, config, streaming=True, revision=revision).select_columns([args.text_column])
             val, train, sample = splits.get("validation"), splits["train"], splits["train"]
         except (ValueError, KeyError) as error:
             raise UserError(f"{repo}: wrong --config or --text_column, or no train split ({one_line(error)})") from None
-        size = 4.6 * FINEWEB_TOKENS if settings["config"] == "sample-10BT" else train.info.dataset_size or 0
+        size = 4.6 * FINEWEB_TOKENS if config == "sample-10BT" else train.info.dataset_size or 0
     # What to expect: a token is about 4.6 bytes of FineWeb-Edu (gpt2), 2.6 of builtin (bpe:1024).
     tokens = int(size / {"gpt2": 4.6, "bytes": 1}.get(args.tokenizer, 2.6)) or args.max_tokens or 0
     tokens, done = min(tokens, args.max_tokens or tokens), sum(shard["tokens"] for shard in record.get("shards", []))
-    check_disk(args.out, 2 * max(0, tokens - done))
-    if args.tokenizer.startswith("bpe:") and not record:
-        tokenizer = train_tokenizer(sample, int(args.tokenizer[4:]))
-    else:
-        tokenizer = load_tokenizer(args.out if record else args.tokenizer)
+    args.out.mkdir(parents=True, exist_ok=True)
+    need, free = 2 * max(0, tokens - done), shutil.disk_usage(args.out).free
+    print(f"{args.out}: about {need / 1e9:,.2f} GB needed, {free / 1e9:,.2f} GB free")
+    insist(need <= free, f"not enough room in {args.out}: make some, choose another --out, or use --max_tokens")
+    tokenizer = str(args.out) if record else args.tokenizer
+    if tokenizer.startswith("bpe:"):
+        tokenizer = train_tokenizer(sample, int(tokenizer[4:]))
     with tqdm(total=tokens, initial=done, unit=" tokens", unit_scale=True) as bar:
         write_shards(train, args.out, tokenizer, val=val, workers=args.workers, progress=bar.update, **settings)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")        # a console may lack the letters of a name
     try:
         main()
     except (UserError, OSError, KeyboardInterrupt) as error:
