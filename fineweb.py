@@ -52,7 +52,6 @@ def simple_shards(documents, folder, tokenizer, shard_size=100_000_000):
         split = "train" if number else "val"        # val: text to judge the model by, never to train it on
         np.save(Path(folder, f"text_{split}_{number:06d}.npy"), shard)
 
-
 # ---- what everything below refers to --------------------------------------------------------------------------------
 EOT = "<|endoftext|>"
 KNOWN = {   # name: (repository on the hub, configuration, folder under data/)
@@ -83,7 +82,6 @@ def insist(condition, message):
 
 def one_line(error):
     return f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
-
 
 # ---- 2 documents: a corpus is anything that yields texts, one after another, so that few are in memory ---------------
 def builtin_documents():
@@ -161,7 +159,6 @@ def patiently(job):
                 raise UserError(f"{one_line(error)}. {KEPT}. No network? --source builtin, or files") from None
             print(f"{one_line(error)}; next try in {pause} s", file=sys.stderr)
             time.sleep(pause)
-
 
 # ---- 3 tokenizers ---------------------------------------------------------------------------------------------------
 # A byte-level BPE is a list of byte strings: the 256 bytes, then longer ones, each merged from two before it. The
@@ -242,7 +239,6 @@ def save_tokenizer(tokenizer, folder):
     write_json(Path(folder, "tokenizer_config.json"), {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": eot, "eos_token": eot,
         "model_max_length": 1024, "clean_up_tokenization_spaces": False})
-
 
 # ---- 4 shards -------------------------------------------------------------------------------------------------------
 # As in section 1, but threads tokenize batches of documents, which are put in order again and cut every shard_size ids.
@@ -335,6 +331,12 @@ def write_shards(documents, out, tokenizer="gpt2", *, val=None, workers=1, progr
     return read_meta(out)
 
 
+def check_disk(out, need):
+    out.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out).free
+    print(f"{out}: about {need / 1e9:,.2f} GB needed, {free / 1e9:,.2f} GB free")
+    insist(need <= free, f"not enough room in {out}: make some, choose another --out, or take less text")
+
 # ---- 5 files, whole or not at all ------------------------------------------------------------------------------------
 def write_file(path, write):
     """Makes a file with `write(file)`: after kill -9 there is the old one, or the new one with all its bytes."""
@@ -397,7 +399,6 @@ def open_shards(data_dir, split):
                    "from FineWeb-Edu, --source from other text; --preset laptop needs none")
     return shards
 
-
 # ---- 6 the command line ----------------------------------------------------------------------------------------------
 def parse_args(argv):
     parser = Parser("fineweb.py", description="Turns text into shards of tokens for train_gpt2.py.")
@@ -443,6 +444,7 @@ def main(argv=None):
         from huggingface_hub import snapshot_download
         insist(not read_record(args.out), f"{args.out} holds shards of another kind: choose another --out")
         names = [f"*_{i:06d}.bin" for i in range(args.pretokenized + 1)]        # 0 is val, 1 to 99 are train
+        check_disk(args.out, 200_001_024 * sum(not list(args.out.glob(name)) for name in names[:100]))
         job = partial(snapshot_download, READY_MADE, repo_type="dataset", local_dir=args.out, allow_patterns=names)
     patiently(job) if "config" in settings else job()       # a data set of the hub has one
     for split in "val", "train":
@@ -476,10 +478,7 @@ def make_shards(args, settings, files):
     # What to expect: a token is about 4.6 bytes of FineWeb-Edu (gpt2), 2.6 of builtin (bpe:1024).
     tokens = int(size / {"gpt2": 4.6, "bytes": 1}.get(args.tokenizer, 2.6)) or args.max_tokens or 0
     tokens, done = min(tokens, args.max_tokens or tokens), sum(shard["tokens"] for shard in record.get("shards", []))
-    args.out.mkdir(parents=True, exist_ok=True)
-    need, free = 2 * max(0, tokens - done), shutil.disk_usage(args.out).free
-    print(f"{args.out}: about {need / 1e9:,.2f} GB needed, {free / 1e9:,.2f} GB free")
-    insist(need <= free, f"not enough room in {args.out}: make some, choose another --out, or use --max_tokens")
+    check_disk(args.out, 2 * max(0, tokens - done))
     tokenizer = str(args.out) if record else args.tokenizer
     if tokenizer.startswith("bpe:"):
         tokenizer = train_tokenizer(sample, int(tokenizer[4:]))
