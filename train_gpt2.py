@@ -63,7 +63,7 @@ from fineweb import UserError, insist, load_tokenizer, open_shards, read_json, r
 # ----------------------------------------------------------------------------------------------- 1. the model
 # Ids in, logits out: a score for every id of the vocabulary. Each id is looked up as a vector of C numbers: what it
 # means, plus where it stands. Then, twelve times over, each position looks at itself and those before it, and processes
-# what it saw. What comes out of both is added to its vector, which is called the residual stream. At the end that is
+# what it saw. What it finds either way is added to its vector, which is called the residual stream. At the end that is
 # compared with the vector of every id: the better the two match, the higher the score of that id as the next one.
 
 @dataclass
@@ -164,12 +164,12 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Matrices are drawn with a standard deviation of 0.02, or less; biases begin at 0, LayerNorms' weights at 1.
+        """Matrices are drawn with a standard deviation of 0.02 or less, biases begin at 0, LayerNorms' weights at 1.
         (OpenAI's code draws wpe with 0.01. We keep to 0.02, as Hugging Face and most reproductions do.)"""
         for name, p in self.named_parameters():  # the tied matrix comes once, as wte.weight
             if name.endswith("c_proj.weight"):
-                # 2 * n_layer of these add up, and the spread of a sum of n terms grows like sqrt(n). Drawn smaller by
-                # that, they let the stream end as large in a deep model as in a shallow one (GPT-2, section 2.3).
+                # 2 * n_layer of these add up, and the spread of a sum of n terms grows like sqrt(n). Divided by that,
+                # the stream ends about as large in a deep model as in a shallow one (GPT-2, section 2.3).
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -188,7 +188,7 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None):
         """Ids (B, T), and the ids that really followed, (B, T) -> logits (B, T, V), and the mean loss in nats or None.
-        A target of -100 is left out of the mean. A further loss belongs here, under `if self.training`."""
+        A target of -100 is left out of the mean. Add a further loss here, under `if self.training`."""
         logits = self.lm_head(self.hidden(idx))                          # (B, T, V)
         if targets is None:
             return logits, None
@@ -200,7 +200,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, stop=None):
-        """Continue each row of idx (B, T) by up to max_new_tokens ids -> (B, T + new). Each takes a whole forward pass.
+        """Continue each row of idx (B, T) by up to max_new_tokens ids -> (B, T + new). Each takes a forward pass.
         temperature  1 draws as the model says, less is tamer, 0 always takes the most probable id
         top_k        draw among the k most probable ids only
         generator    a torch.Generator on the model's device, which makes the draws repeatable
@@ -271,8 +271,7 @@ class GPT(nn.Module):
         c = self.config
         hf = GPT2LMHeadModel(GPT2Config(
             **HF_CONFIG, vocab_size=self.n_vocab, n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head,
-            n_embd=c.n_embd, bos_token_id=self.eot, eos_token_id=self.eot, resid_pdrop=0.0, embd_pdrop=0.0,
-            attn_pdrop=0.0))
+            n_embd=c.n_embd, bos_token_id=self.eot, eos_token_id=self.eot, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
         weights = {name: p[:self.n_vocab] if name.endswith(("wte.weight", "lm_head.weight")) else
                    p.t() if name.endswith(CONV1D) else p for name, p in self.state_dict().items()}
         assert torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]), "an untied head"
@@ -284,8 +283,6 @@ class GPT(nn.Module):
 HF_CONFIG = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5, n_inner=None,
                  scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False,
                  tie_word_embeddings=True)
-
-
 # The four matrices of a block that GPT-2's checkpoint stores as (inputs, outputs).
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
@@ -372,8 +369,8 @@ class DataLoaderLite:
 
 # ---------------------------------------------------------------------------------- 4. optimizer and schedule
 # The recipe that GPT-3's paper gave and GPT-2's left out. AdamW divides each parameter's averaged gradient by the
-# root of its squares' average: a parameter moves by at most about the learning rate per step. At first these averages
-# are noisy, hence the warm-up; and the last steps should settle rather than wander, hence the decay to a tenth.
+# root of the average of its squares: a parameter moves by at most about the learning rate per step. These averages are
+# noisy at first, hence the warm-up; and the last steps should settle rather than wander, hence the decay to a tenth.
 
 def configure_optimizers(model, cfg, device, dtype=torch.float32):
     """The optimizers of a model, as a list: [AdamW] or [Muon, AdamW]. train_step sets their learning rate."""
@@ -464,7 +461,7 @@ class TrainConfig(GPTConfig):
     # evaluation; "every" is in steps, 0 means never, and what is on is also done after the last step
     val_every: int = 250       # steps between measurements of the val loss
     val_tokens: int = 10485760   # tokens of the val split to score: 20 x 64 x 1024 x 8, as in Karpathy's build-nanogpt
-    hellaswag_every: int = 250   # steps between HellaSwag scores; a run of fewer steps has none
+    hellaswag_every: int = 250   # steps between HellaSwag scores; a run shorter than this has none
     sample_every: int = 250    # steps between samples of what the model writes
     prompt: str = "Hello, I'm a language model,"  # how these samples begin
     checkpoint_every: int = 250  # steps between checkpoints: model, optimizer and step, 1.5 GB at 124M
@@ -511,7 +508,7 @@ def train_step(model, optimizers, x, y, lr, cfg, world):
                 loss = model(x[i], y[i])[1]                              # ()
             # backward() ADDS to .grad. After all micro-batches that would be the SUM of their gradients, but one
             # large batch has the MEAN: dividing makes the two equal. Clipping and AdamW both hide it if this is
-            # missing, since both undo a change of the gradient's length.
+            # missing, since both mostly ignore the gradient's length.
             loss = loss / A                                              # ()
             world.scaler.scale(loss).backward()
         loss_sum += loss.detach()
@@ -588,9 +585,9 @@ def train(cfg):
     # Two names for one set of parameters. `model` is compiled and averages gradients over processes. It needs one shape
     # and all processes at once: training and val loss have both. HellaSwag, samples and checkpoints use `raw_model`,
     # which takes any shape and can be used by one process alone.
+    loader = DataLoaderLite(train_data, 1 if cfg.micro_batch_size == "auto" else cfg.micro_batch_size, cfg, world)
     model = world.wrap(raw_model)
-    B = fit_micro_batch(model, cfg, world)
-    loader = DataLoaderLite(train_data, B, cfg, world)
+    loader.B = B = fit_micro_batch(model, cfg, world)
     log = Log(cfg, world, start)
     size, T, W = cfg.total_batch_size, cfg.block_size, world.size
     epoch = train_data.n_windows * T // size  # steps
@@ -701,7 +698,7 @@ class World:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def wrap(self, model):
-        """The same parameters, compiled into few kernels. backward() averages over processes: 498 MB at 124M."""
+        """The same parameters, compiled into few kernels. backward() averages gradients: 498 MB at 124M."""
         # Every shape makes a graph. After 8 of them, over all models of a process, PyTorch would stop compiling.
         torch._dynamo.config.recompile_limit = 64
         model = torch.compile(model, dynamic=False) if self.compiles else model
@@ -828,11 +825,13 @@ class Log:
         """For process 0: make the folder, lock it, and keep of its log what comes before `start`."""
         from filelock import FileLock, Timeout
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(self.folder / "lock")  # the system drops it when the process ends, however it ends
+        self.lock = FileLock(self.folder / "lock")  # the system drops it when the process ends, even by kill -9
         try:
             self.lock.acquire(blocking=False)
         except Timeout:
             raise UserError(f"another run is writing to {self.folder}: choose another --log_dir") from None
+        except (OSError, NotImplementedError):  # some network disks have no locks
+            pass
         if self.cfg.wandb:
             try:
                 import wandb
@@ -848,14 +847,14 @@ class Log:
             print(f"{self.folder} held a run, which is now in {aside} (--resume would have continued it)")
         path, kept = self.folder / "log.txt", ""
         for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
-            if (found := re.fullmatch(r"(\d+) (.+) (\S+)\n", line)) and int(found[1]) < start:
+            if (found := re.fullmatch(r"(\d+) (\S+) (\S+)\n", line)) and int(found[1]) < start:
                 self.values.setdefault(found[2], {})[int(found[1])] = float(found[3])
                 kept += line
         write_file(path, lambda file: file.write(kept.encode()))
         fineweb.write_json(self.folder / "config.json", {**asdict(self.cfg), "resume": False})
 
     def write(self, step, streams, text):
-        """write(3, {"train": 4.2, "norm": 0.9}, text) prints the text and writes two lines."""
+        """write(3, {"train": 4.2, "norm": 0.9}, text) prints the text and writes two lines. Names have no spaces."""
         self.world.print(text)
         for stream, value in streams.items():
             self.values.setdefault(stream, {})[step] = value
@@ -873,11 +872,11 @@ class Log:
     def checkpoint(self, step, meta, model, optimizers):
         """Write ckpt_STEP.pt in a thread. It needs no random states: weights, order, samples come from (seed, step)."""
         if self.world.rank == 0:
+            self.saving.result()  # the one before, if the disk is that slow
             copy = io.BytesIO()  # the next step changes the weights
             torch.save(dict(step=step, config=asdict(self.cfg), data=meta, model=model.state_dict(),
                             optimizers=[optimizer.state_dict() for optimizer in optimizers],
                             scaler=self.world.scaler.state_dict()), copy)
-            self.saving.result()  # the one before, if the disk is that slow
             self.saving = self.thread.submit(self.save, self.folder / f"ckpt_{step:08d}.pt", copy)
 
     def save(self, path, copy):
@@ -902,7 +901,7 @@ def find_checkpoint(source):
     files = [Path(source)] if os.path.isfile(source) else sorted(Path(source).glob("ckpt_*.pt"), reverse=True)
     for file in files:
         try:
-            # A pickle is a program; with weights_only it can but build tensors, numbers, strings, lists and dicts.
+            # A pickle is a program; with weights_only it can only build tensors, numbers, strings, lists and dicts.
             found = dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
             with torch.device("meta"):  # do the weights have the names and shapes of the model? It takes no memory
                 GPT(TrainConfig(**found["config"])).load_state_dict({**found["model"]}, assign=True)
@@ -925,8 +924,8 @@ def fetch_pretrained(name):
         return snapshot_download(name if "/" in name else f"openai-community/{name}", allow_patterns=[
             "config.json", "*.safetensors", "tokenizer.json", "tokenizer_config.json"])
     except Exception as error:
-        raise UserError(f"{name}: no such checkpoint, log folder or Hugging Face folder, not gpt2 (-medium, -large, "
-                        f"-xl), no OWNER/NAME that the hub has or reaches us ({type(error).__name__})") from error
+        raise UserError(f"{name}: no such checkpoint, log folder or Hugging Face folder is here, and the hub can't be "
+                        f"reached or doesn't have it ({type(error).__name__})") from error
 
 
 def load_model(source, optional=False):
@@ -935,8 +934,7 @@ def load_model(source, optional=False):
     if checkpoint := find_checkpoint(source):
         model, meta = GPT(TrainConfig(**checkpoint["config"])), checkpoint["data"]
         model.load_state_dict(checkpoint["model"])
-        model.n_vocab, model.eot = meta["vocab_size"], meta["eot"]
-        name, text = meta["tokenizer"], meta["json"]
+        model.n_vocab, model.eot, name, text = (meta[key] for key in ("vocab_size", "eot", "tokenizer", "json"))
     else:
         model, folder = GPT.from_pretrained(source), fetch_pretrained(source)
         name, text = folder if Path(folder, "tokenizer.json").exists() else "gpt2", None
@@ -945,7 +943,6 @@ def load_model(source, optional=False):
         insist(tokenizer.n_vocab <= model.config.vocab_size, f"{source}: its tokenizer has more ids than its model")
     except UserError as error:
         insist(optional, error)
-        print(f"no tokenizer: {error}")
         return model, None
     model.n_vocab, model.eot = min(model.n_vocab, tokenizer.n_vocab), tokenizer.eot_token
     return model, tokenizer
@@ -957,8 +954,10 @@ def open_data(cfg, world, quiz):
     if cfg.data_dir == PRESETS["laptop"]["data_dir"]:  # Python carries this text; any other takes hours to prepare
         world.first(lambda: Path(cfg.data_dir, "meta.json").exists() or fineweb.main(
             ["--source", "builtin", "--tokenizer", f"bpe:{cfg.vocab_size or 2048}", "--out", cfg.data_dir]))
+    open_shards(cfg.data_dir, "val")  # are there any?
     meta, tokenizer, questions = read_meta(cfg.data_dir), None, None
     meta["json"], cfg.vocab_size = None, cfg.vocab_size or -(-meta["vocab_size"] // 128) * 128
+    insist(meta["vocab_size"] <= cfg.vocab_size, f"{cfg.data_dir} has {meta['vocab_size']} ids: leave --vocab_size out")
     try:
         tokenizer = load_tokenizer("gpt2" if meta["tokenizer"] == "gpt2" else cfg.data_dir)
         meta["json"] = fineweb.tokenizer_to_json(tokenizer) if tokenizer.name != "gpt2" else None
@@ -972,26 +971,27 @@ def open_data(cfg, world, quiz):
 
 def load_init(cfg, meta, tokenizer):
     """The model of --init. UserError unless its own tokenizer and that of the shards cut a long text, the docstring of
-    this file, into the same ids. Where the shards' is not at hand, its name has to do."""
-    model, own = load_model(cfg.init)
-    cuts = [(t.encode_ordinary(__doc__), t.eot_token) for t in (own, tokenizer or own)]
-    insist(cuts[0] == cuts[1] and (tokenizer or own.name == meta["tokenizer"]), f"{cfg.data_dir} was made with another "
-           f"tokenizer ({meta['tokenizer']}) than the model {cfg.init}: use shards made with its own")
+    this file, into the same ids. Where one of them is not at hand, the number of ids has to do."""
+    model, own = load_model(cfg.init, optional=True)
+    cuts = [(t.encode_ordinary(__doc__), t.eot_token) for t in (own, tokenizer) if t]
+    same = cuts[0] == cuts[1] if len(cuts) == 2 else model.n_vocab == meta["vocab_size"]
+    insist(same, f"{cfg.data_dir} was made with another tokenizer ({meta['tokenizer']}) than the model {cfg.init}: use "
+           "shards made with its own")
     return model
 
 
 def restore(model, optimizers, meta, tokenizer, cfg, world):
     """In a resumed run, put all into the state of the newest checkpoint; else give the model the weights of --init, of
     which a shorter --block_size leaves out the later positions -> the number of steps made so far."""
-    insist(meta["vocab_size"] <= cfg.vocab_size, f"{cfg.data_dir} has {meta['vocab_size']} ids: leave --vocab_size out")
-    cfg.resume = world.any(cfg.resume)  # torchrun tells of a restart only where a process died
+    cfg.resume = world.any(cfg.resume)  # only the machine whose process died is told of a restart
     checkpoint = find_checkpoint(cfg.log_dir) if cfg.resume else None
     step = checkpoint["step"] if checkpoint else 0
-    insist(world.sum(torch.tensor(float(step))) == step * world.size,
+    insist(step <= cfg.max_steps, f"--max_steps {cfg.max_steps}: the run in {cfg.log_dir} has made {step} already")
+    insist(not world.any(world.sum(torch.tensor(float(step))) != step * world.size),
            f"--log_dir {cfg.log_dir} holds other checkpoints on other machines: use a folder they share")
     fixed = [field.name for field in fields(GPTConfig)]  # with others, the weights would not fit
     if checkpoint:
-        fixed += ["optimizer", "shuffle", "seed", "total_batch_size", "tokenizer", "train_tokens"]  # nor would its text
+        fixed += ["optimizer", "shuffle", "seed", "total_batch_size", "tokenizer", "train_tokens"]  # and its text
         source, then, weights = cfg.log_dir, {**checkpoint["data"], **checkpoint["config"]}, checkpoint["model"]
     elif cfg.init != "scratch":
         other = load_init(cfg, meta, tokenizer)
@@ -1002,7 +1002,7 @@ def restore(model, optimizers, meta, tokenizer, cfg, world):
     now = {**meta, **asdict(cfg)}
     differ = [f"{name} {then.get(name)} -> {now[name]}" for name in fixed if then.get(name) != now[name]]
     insist(not differ, f"{source} has other settings ({', '.join(differ)}): leave them out, or use another --log_dir")
-    model.load_state_dict({name: weights[name][:len(p)] for name, p in model.state_dict().items()})
+    model.load_state_dict({name: w[:cfg.block_size] if "wpe" in name else w for name, w in weights.items()})
     if checkpoint:
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             # the averages are the checkpoint's, the settings (decay ...) those of cfg
@@ -1026,10 +1026,11 @@ def describe_loss(loss, tokens, cfg, meta):
 PEAK_FLOPS = {
     "NVIDIA H200": 989e12, "NVIDIA H200 NVL": 835e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 NVL": 835e12,
     "NVIDIA H100 PCIe": 756e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12, "NVIDIA RTX PRO 6000 Blackwell Workstation Edition": 503.8e12,
-    "NVIDIA RTX 6000 Ada Generation": 364e12, "NVIDIA L40S": 362e12, "NVIDIA GeForce RTX 5090": 209.5e12,
-    "NVIDIA GeForce RTX 4090": 165e12, "NVIDIA RTX A6000": 154.8e12, "NVIDIA GeForce RTX 3090": 71e12,
-    "Tesla V100-SXM2-16GB": 125e12, "Tesla V100-SXM2-32GB": 125e12, "Tesla T4": 65e12}
+    "NVIDIA A100 80GB PCIe": 312e12, "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA RTX PRO 6000 Blackwell Workstation Edition": 503.8e12, "NVIDIA RTX 6000 Ada Generation": 364e12,
+    "NVIDIA L40S": 362e12, "NVIDIA GeForce RTX 5090": 209.5e12, "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA RTX A6000": 154.8e12, "NVIDIA GeForce RTX 3090": 71e12, "Tesla V100-SXM2-16GB": 125e12,
+    "Tesla V100-SXM2-32GB": 125e12, "Tesla T4": 65e12}
 
 
 def describe_step(step, loss, lr, norm, seconds, model, cfg, world):
@@ -1084,7 +1085,7 @@ def export(cfg, out):
         card.write_text("---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [gpt2]\n---\n\n"
                         f"# A GPT-2 of {model.config.n_layer} layers and {model.config.n_embd} channels\n\n"
                         f"Exported from {Path(cfg.init).name}. It continues texts, but follows no instructions.\n")
-    print(f"wrote {out}; transformers reads it: pipeline('text-generation', model='{out}')('Hello')")
+    print(f"wrote {out}{', without a tokenizer' * (not tokenizer)}; transformers: pipeline('text-generation', '{out}')")
 
 
 ACTIONS = dict(train=train, eval=evaluate, sample=sample, export=export)
@@ -1112,7 +1113,7 @@ def parse_config(action, argv):
         found.setdefault("block_size", found.get("n_positions", GPTConfig.block_size))  # Hugging Face's name for it
         taken = types if checkpoint and action != "train" else [field.name for field in fields(GPTConfig)]
         settings = {**{name: found[name] for name in taken if name in found}, **settings, "init": init}
-    insist(settings.keys() <= types.keys(), f"unknown settings: {', '.join(settings.keys() - types)}")
+    insist(settings.keys() <= types.keys(), f"unknown settings in a file: {', '.join(settings.keys() - types)}")
     cfg = TrainConfig(**{name: convert(name, types[name], value) for name, value in settings.items()})
     insist(cfg.n_embd % cfg.n_head == 0, f"--n_embd {cfg.n_embd} is not a multiple of --n_head {cfg.n_head}")
     insist(cfg.min_lr <= cfg.max_lr, f"--min_lr {cfg.min_lr} is above --max_lr {cfg.max_lr}")
@@ -1148,15 +1149,15 @@ def convert(name, kind, value):
     choices = ("0", "1", "False", "True") if kind is bool else get_args(kind)
     if choices:
         insist(str(value) in choices, f"--{name} {value}: choose from {', '.join(choices)}")
-        return str(value) in ("1", "True") if kind is bool else value
-    positive = name in ("block_size", "n_layer", "n_head", "n_embd", "total_batch_size", "micro_batch_size",
-                        "max_steps", "max_lr", "val_tokens", "keep_checkpoints")
+        return str(value) in ("1", "True") if kind is bool else str(value)
+    above = name in ("block_size", "n_layer", "n_head", "n_embd", "total_batch_size", "micro_batch_size", "max_steps",
+                     "max_lr", "val_tokens", "keep_checkpoints")  # 0
     try:
         new = kind(value)
-        good = new == value if kind is str else new == float(value) and 0 <= new < math.inf and (new or not positive)
+        good = (isinstance(value, str) or new == value) and (kind is str or 0 <= new < math.inf and (new or not above))
     except (TypeError, ValueError):
         good = False
-    insist(good, f"--{name} {value}: must be {kind.__name__}, {'above 0' if positive else '0 or more'}")
+    insist(good, f"--{name} {value}: must be {kind.__name__}, {'above 0' if above else '0 or more'}")
     return new
 
 
@@ -1181,7 +1182,7 @@ def command():
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         # torchrun ends all when the first one leaves. Mostly all have met the same: process 0 is given time to say it.
         time.sleep(10 if rank not in (None, "0") else 0)
-        advice = "half as many rows, --micro_batch_size, may fit: " * isinstance(error, torch.OutOfMemoryError)
+        advice = "try half as many rows, --micro_batch_size: " * isinstance(error, torch.OutOfMemoryError)
         print(f"train_gpt2.py: {advice}{' '.join(str(error).split())}", file=sys.stderr)
         status = 2
     except Exception:

@@ -40,7 +40,7 @@ def read_log(source):
     path, values = Path(source), {}
     files = [path] if path.is_file() else sorted(path.glob("*log.txt"), key=lambda file: len(file.name))
     for line in files[0].read_text(errors="replace").splitlines(keepends=True) if files else []:
-        if found := re.fullmatch(r"(\d+) (.+) (-?\d+(?:\.\d+)?(?:e[-+]?\d+)?|nan|-?inf)\n", line):
+        if found := re.fullmatch(r"(\d+) (\S+) (-?\d+(?:\.\d+)?(?:e[-+]?\d+)?|nan|-?inf)\n", line):
             values.setdefault(found[2], {})[int(found[1])] = float(found[3])
     if not values:
         raise UserError(f"{source}: no log.txt with lines `step stream value` is here")

@@ -426,7 +426,17 @@ def test_older_pytorch_is_enough(base, tmp_path):
     assert "compile 0, float32" in out and "done:" in out
 
 
-# ---- a slow disk
+# ---- disks
+
+def test_a_disk_without_locks_is_written_to(tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    with contextlib.closing(Log(tiny_config(log_dir=str(tmp_path)), FakeWorld(), 0)) as log:
+        log.write(0, {"train": 4.5}, "")
+    assert (tmp_path / "log.txt").read_text() == "0 train 4.5\n"
+
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
     """And what is written is the state of its step."""

@@ -272,6 +272,8 @@ def test_resume_of_a_finished_run_changes_nothing_and_a_longer_one_goes_on(base,
     shutil.copytree(whole, tmp_path / "log")
     out = run(command(base, "log", "--resume"), tmp_path).out
     assert "| loss" not in out and "done:" in out
+    line = run(command(base, "log", "--resume", max_steps=20), tmp_path, status=2).err
+    assert line.startswith("train_gpt2.py: --max_steps 20: the run in log has made 24 already") and line.count("\n") == 1
     assert_same_run(tmp_path / "log", whole)
     run(command(base, "log", "--resume", max_steps=27), tmp_path)
     values = log_values(tmp_path / "log")

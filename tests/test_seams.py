@@ -221,6 +221,7 @@ def test_what_auto_chooses_on_a_cpu(rows, size, block_size, B):
 def test_a_vocabulary_is_padded_to_a_multiple_of_128(tmp_path, n_vocab, rows):
     cfg = tiny_config(vocab_size=0, data_dir=str(tmp_path))
     (tmp_path / "meta.json").write_text(json.dumps(dict(tokenizer="bytes", vocab_size=n_vocab, shards=[])))
+    write_shards(tmp_path, [[1] * 20], "val")
     meta, _, _ = train_gpt2.open_data(cfg, FakeWorld(), quiz=False)
     assert cfg.vocab_size == rows and meta["vocab_size"] == n_vocab
 

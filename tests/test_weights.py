@@ -203,3 +203,11 @@ def test_in_and_out_and_in_again_changes_no_bit(folder, tmp_path):
         stored, written = (load_file(place / "model.safetensors") for place in (folder, tmp_path / "out"))
         assert {w.dtype for w in written.values()} == {torch.float32} and stored.keys() == written.keys()
         assert dtype != torch.float32 or all(torch.equal(w, written[name]) for name, w in stored.items())
+
+
+def test_an_untied_head_is_not_exported(tmp_path):
+    """transformers would tie it again, and compute something else."""
+    model = tiny_model()
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight + 1)
+    with pytest.raises(AssertionError, match="untied head"):
+        model.save_pretrained(tmp_path / "out")
