@@ -6,9 +6,9 @@
     python fineweb.py --source builtin --tokenizer bpe:1024     # no network: the text inside every Python
     python fineweb.py --source books/*.txt --tokenizer bytes    # your own .txt, .jsonl, .parquet, folders
 
-A hub data set with a validation split keeps it as val; of any other, the first shard is val. Files and the builtin
-text are shuffled by --seed, and --val_fraction of the documents (or the end of a single one) are val. Stop a job when
-you like, even by kill -9: the same command continues after the last finished shard and ends with the same bytes.
+A hub data set with a validation split keeps it as val; of any other, the first shard is val. Of files and the builtin
+text, the first 67 million characters are shuffled by --seed; --val_fraction of these documents (or the end of a single
+one) are val. Stop a job when you like, even by kill -9: the same command continues, and ends with the same bytes.
 """
 import argparse
 import ast
@@ -34,7 +34,6 @@ import numpy as np
 # with any text and tokenizer (2, 3), on all cores and safe from interruptions (4, 5), and from the command line (6).
 def simple_shards(documents, folder, tokenizer, shard_size=100_000_000):
     """Documents -> ids -> shards. With a token a letter and shards of 5 ids:
-
     documents    "one" "two" "six"
     ids          < o n e < t w o < s i x        "<" is <|endoftext|>
     shards       < o n e < | t w o < s | i x    flat arrays of uint16, in numpy's .npy format
@@ -136,11 +135,11 @@ def some(documents, size):
 
 
 def split_documents(documents, val_fraction, seed):
-    """Takes SAMPLE characters, mostly all, from an iterator -> [val, train], shuffled. What it keeps is train, too."""
+    """Splits the first SAMPLE characters of an iterator -> [val, train], shuffled. What stays in it is train, too."""
     block = list(some(documents, SAMPLE))
     if len(block) == 1:
         cut = int(len(block[0]) * (1 - val_fraction))
-        cut = block[0].rfind("\n", 0, cut) + 1 or cut       # at the start of a line, if there is one
+        cut = block[0].rfind("\n", cut // 2, cut) + 1 or cut        # at the start of a line, if one is near
         return [block[0][cut:]], [block[0][:cut]]
     is_val = np.random.default_rng(seed).permutation(len(block)) < max(1, round(len(block) * val_fraction))
     orders = [np.random.default_rng(seed).permutation(np.flatnonzero(part)) for part in (is_val, ~is_val)]
@@ -297,7 +296,9 @@ def write_shards(documents, out, tokenizer="gpt2", *, val=None, workers=1, progr
     insist(tokenizer.n_vocab <= 1 << 16, f"{tokenizer.name} has {tokenizer.n_vocab:,} ids; a shard has room for 65,536")
     settings = {"name": name, "tokenizer": tokenizer.name, "shard_size": shard_size, "max_tokens": max_tokens,
                 "val_fraction": val_fraction} | facts
-    record = read_record(out, settings) or settings | {
+    record = read_record(out, settings)
+    insist(record or not any(out.glob("*_[0-9]*.*")), f"{out} holds other shards: choose another --out")
+    record = record or settings | {
         "vocab_size": tokenizer.n_vocab, "eot": tokenizer.eot_token, "complete": False, "shards": [], "next": START}
     if record["complete"]:
         return record
@@ -312,7 +313,7 @@ def write_shards(documents, out, tokenizer="gpt2", *, val=None, workers=1, progr
         work, rest = tokenized(streams[number], record["next"], tokenizer, workers), (START, np.uint16([]))
         while True:
             write_json(out / "progress.json", record)
-            split = "train" if number or val is None and shards else "val"
+            split = "train" if number or val is None and shards else "val"      # without val: the first shard
             done = sum(shard["tokens"] for shard in shards if shard["split"] == split)
             ids, rest = fill(work, rest, min(shard_size, room[split] - done), progress)
             if not len(ids):
@@ -394,7 +395,7 @@ def open_shards(data_dir, split):
                 insist(np.fromfile(file, np.int32, 3).tolist() == [20240520, 1, len(ids)], "header and length differ")
             shards.append((file, ids))
         except (ValueError, OSError, EOFError) as error:
-            raise UserError(f"{file} is damaged ({error}): delete it and make it again with fineweb.py") from None
+            raise UserError(f"{file} is damaged ({error}): remove {data_dir}, make it again by fineweb.py") from None
     insist(shards, f"no {split} shards in {Path(data_dir).resolve()}: `python fineweb.py --out {data_dir}` makes them "
                    "from FineWeb-Edu, --source from other text; --preset laptop needs none")
     return shards

@@ -354,7 +354,7 @@ def checked(record):
 
 
 def content_sha256(records):
-    """A hash of what is scored, the same for the authors' .jsonl, for the hub's parquet and for our copy of it."""
+    """A hash of what is scored (without --harness): one for the authors' .jsonl, the hub's parquet and our copy."""
     lines = (json.dumps([record["ctx"], record["endings"], int(record["label"])]) + "\n" for record in records)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 

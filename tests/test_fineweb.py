@@ -175,6 +175,8 @@ def test_a_single_document_is_cut():
     text = "".join(f"line {i}\n" for i in range(100))
     (tail,), (head,) = fineweb.split_documents(iter([text]), 0.1, seed=1)
     assert head + tail == text and tail.startswith("line ") and 60 < len(tail) < 100
+    (tail,), (head,) = fineweb.split_documents(iter(["a title\n" + "word " * 100]), 0.1, seed=1)
+    assert len(tail) == 51  # no line begins near: within the line, not after the title
 
 
 # --- tokenizers -----------------------------------------------------------------------------------
@@ -618,6 +620,8 @@ def test_ready_made_shards(tmp_path, monkeypatch):
     assert read_shards(tmp_path / "out", "val") == [[50256, 1, 2, 50256, 3]]
     fineweb.main(arguments)
     assert len(read_shards(tmp_path / "out", "train")) == 99
+    with pytest.raises(UserError, match="holds other shards"):  # they would be read as one text
+        fineweb.write_shards(TEXTS, tmp_path / "out", "bytes")
     fineweb.write_shards(TEXTS, tmp_path / "other", "bytes", shard_size=500)
     with pytest.raises(UserError, match="shards of another kind"):
         fineweb.main(["--pretokenized", "--out", str(tmp_path / "other")])
