@@ -91,7 +91,7 @@ def test_sample_continues_the_prompt_and_is_repeatable(run, capsys):
     assert first[0] in capsys.readouterr().out
     assert main(words) == first != main([*words, "--seed", "2"])
     cold = main([*words, "--temperature", "0"])
-    assert cold[0] == cold[1]
+    assert cold[0] == cold[1] and main([*words, "--top_k", "1"]) == cold
     new = main(["sample", "--init", "log", "", "--max_new_tokens", "3"])  # an empty prompt: a new document
     assert new and not new[0].startswith("Return the")
 
@@ -131,7 +131,15 @@ def test_the_export_has_a_model_card(run):
 
 
 def test_shards_without_notes_are_taken_for_gpt2s(tmp_path, monkeypatch):
-    """The shards that build-nanogpt makes have no meta.json beside them."""
+    """The shards that build-nanogpt makes have no meta.json beside them. Where GPT-2's vocabulary is not at hand, a
+    model is trained, measured and exported all the same."""
+    asked = []
+
+    def not_here(source):
+        asked.append(source)
+        raise UserError("it is not here")
+
+    monkeypatch.setattr(train_gpt2, "load_tokenizer", not_here)
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     Path("edu").mkdir()
@@ -140,6 +148,13 @@ def test_shards_without_notes_are_taken_for_gpt2s(tmp_path, monkeypatch):
     values = main("--data_dir edu --n_layer 1 --n_head 1 --n_embd 8 --block_size 64 --total_batch_size 256 "
                   "--max_steps 1 --sample_every 0".split())
     assert abs(values["val"][0] - math.log(50304)) < 0.05
+    assert main(["eval", "--init", "log"])["val"] == pytest.approx(values["val"][1], rel=1e-6)
+    main(["export", "--init", "log", "--out", "hf"])
+    config = json.loads(Path("hf/config.json").read_text())
+    assert (config["vocab_size"], config["eos_token_id"]) == (50257, 50256)
+    with pytest.raises(UserError, match="it is not here"):
+        main(["sample", "--init", "hf"])
+    assert asked == ["gpt2"] * 5
 
 
 SCORE = dict(acc=0.1, acc_norm=0.2, acc_norm_chars=0.3, acc_stderr=0.4, acc_norm_stderr=0.5, acc_norm_chars_stderr=0.6)
@@ -152,8 +167,14 @@ def test_training_logs_hellaswags_mean_per_token(run, monkeypatch):
     monkeypatch.setenv("HELLASWAG_DIR", "questions")
     values = main([*SMALL, "--hellaswag_every", "6", "--log_dir", "hella", "--block_size", "128"])
     assert sorted(values["hella"]) == [0, 6, 12] and "\n12 hella " in Path("hella/log.txt").read_text()
-    monkeypatch.setattr("hellaswag.evaluate", lambda *_, **__: SCORE)
-    assert main([*SMALL, "--hellaswag_every", "12", "--log_dir", "hella"])["hella"] == {0: 0.2, 12: 0.2}
+    monkeypatch.setattr("hellaswag.evaluate", lambda *_, dtype, **__: SCORE if dtype == torch.bfloat16 else {})
+    words = [*SMALL, "--dtype", "bfloat16", "--log_dir", "hella", "--hellaswag_every"]
+    scored = main([*words, "12"])
+    assert scored["hella"] == {0: 0.2, 12: 0.2}
+    torch.manual_seed(5)  # what was drawn before does not matter
+    short = main([*words, "13"])  # a run of fewer steps
+    assert "hella" not in short and short["val"][0] == scored["val"][0]
+    assert main(["eval", "--init", "hella"])["acc_norm"] == 0.2
 
 
 def test_training_goes_on_without_hellaswag_and_says_so(run, monkeypatch, capsys):

@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -95,6 +96,8 @@ CASES = {
     "an unknown preset": ({}, dict(preset="gpt3"), "--preset: invalid choice: 'gpt3'"),
     "an unknown setting": ({"c.json": meta(learning_rate=1)}, dict(config="data/c.json"), "unknown .*: learning_rate"),
     "a fraction in a file": ({"c.json": meta(seed=1.5)}, dict(config="data/c.json"), "--seed 1.5: must be int"),
+    "nothing in a file": ({"c.json": meta(seed=None)}, dict(config="data/c.json"), "--seed None: must be int"),
+    "a number for a text": ({"c.json": meta(wandb=5)}, dict(config="data/c.json"), "--wandb 5: must be str"),
     "a configuration of another kind": ({}, dict(config=f"data/{VAL}"), f"{VAL} can't be read as JSON"),
     "a log folder that is a file": ({}, dict(log_dir="data/meta.json"), "data/meta.json"),
     "a log folder where none can be": ({}, dict(log_dir="/proc/nowhere/log"), "/proc/nowhere"),
@@ -136,6 +139,11 @@ def test_a_wrong_value_is_told_with_its_flag(says, wrong):
             parse_config("train", [f"--{flag}", value])
 
 
+def tell_of_waiting():
+    """Rig this process."""
+    time.sleep = lambda seconds: seconds and print(f"waits {seconds} s", flush=True)
+
+
 @pytest.mark.parametrize("arguments, says", [
     (["learn"], "there is no action 'learn': choose from train, eval, sample, export"),
     (["sample", "--temperature", "hot"], "--temperature: invalid float value: 'hot'"),
@@ -143,10 +151,15 @@ def test_a_wrong_value_is_told_with_its_flag(says, wrong):
     (words(data_dir="data", n_head=3), "--n_embd 16 is not a multiple of --n_head 3"),
     (words(data_dir="data", log_dir="/proc/nowhere/log"), "/proc/nowhere")])
 def test_the_program_prints_one_line_and_ends_with_status_2(here, arguments, says):
-    """Whether it is our own error, argparse's or the system's."""
-    running = run(arguments, here, status=2)
+    """At once, whether it is our own error, argparse's or the system's."""
+    running = run(arguments, here, tell_of_waiting, status=2)
     assert running.err.startswith("train_gpt2.py: ") and says in running.err and running.err.count("\n") == 1
-    assert "Traceback" not in running.out
+    assert "Traceback" not in running.out and "waits" not in running.out and "micro_batch_size" not in running.err
+
+
+def test_sample_is_told_what_cannot_be_drawn(here):
+    for flag in "--temperature=-1", "--top_k=0", "--max_new_tokens=-1", "--num_samples=0":
+        refused(["sample", "--init", "log", flag], flag.split("=")[0])
 
 
 def test_under_several_processes_only_one_says_it(here):
@@ -170,9 +183,11 @@ def spoil(file, change):
     lambda f: f.write_bytes(b""), lambda f: f.write_bytes(b"PK\3\4 but no archive" * 50),
     lambda f: f.write_bytes(f.read_bytes()[:-1000]), lambda f: torch.save([1, 2, 3], f),
     lambda f: torch.save({"model": {}}, f), lambda f: spoil(f, lambda c: c.pop("optimizers")),
+    lambda f: spoil(f, lambda c: c["data"].pop("json")),
     lambda f: spoil(f, lambda c: c["model"].popitem()),
     lambda f: spoil(f, lambda c: c["model"].update({"transformer.wpe.weight": torch.zeros(17, 16)})),
-], ids=["empty", "garbage", "cut", "list", "other keys", "no optimizers", "a matrix missing", "another shape"])
+], ids=["empty", "garbage", "cut", "list", "other keys", "no optimizers", "an older version's", "a matrix missing",
+        "another shape"])
 def test_a_damaged_checkpoint_is_refused_by_all_who_read_it(here, damage):
     """A resumed run, one that begins with it, an action. None starts afresh over it."""
     damage(here / "log" / "ckpt_00000005.pt")

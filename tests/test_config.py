@@ -42,6 +42,8 @@ def test_every_setting_is_a_flag_and_a_word_of_a_configuration_file():
     for settings in (want, {name: word for name, (word, _) in OTHERS.items()}):
         Path("c.json").write_text(json.dumps(settings))
         assert asdict(parse("--config", "c.json")) == want
+    Path("c.json").write_text('{"compile": 1}')
+    assert parse("--config", "c.json").compile == "1"  # a word, also where a file has a number
 
 
 def test_nothing_said_is_the_paper_run_and_presets_set_what_they_say():

@@ -611,7 +611,7 @@ def test_ready_made_shards(tmp_path, monkeypatch):
             (local_dir / name).write_bytes(bin_bytes([50256, 1, 2, 50256, 3]))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     arguments = ["--out", str(tmp_path / "out"), "--pretokenized"]
-    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=5 * 10**8))  # two shards' room, not 100
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=5 * 10**8))  # room for two, not 100
     assert fineweb.main([*arguments, "1"])["tokenizer"] == "gpt2"
     with pytest.raises(UserError, match="not enough room"):
         fineweb.main(arguments)

@@ -36,7 +36,7 @@ class Pretended(str):
 
 def gpu_world():
     world = FakeWorld()
-    world.device = Pretended("cpu")
+    world.device, world.autocast = Pretended("cpu"), lambda: torch.autocast("cpu", dtype=torch.bfloat16)
     return world
 
 
@@ -76,6 +76,7 @@ def test_float16_trains_skips_saves_and_resumes(base, tmp_path, optimizer):
     settings = dict(optimizer=optimizer, dtype="float16", max_steps=20, checkpoint_every=3, keep_checkpoints=9,
                     micro_batch_size=8, val_every=0)
     run(command(base, "whole", **settings), tmp_path, scaled_too_much)
+    assert "val" not in log_values(tmp_path / "whole")  # 0 is never, also at the end
     norms = log_values(tmp_path / "whole")["norm"]
     skipped = [step for step, norm in norms.items() if not math.isfinite(norm)]
     assert skipped[:4] == [0, 1, 2, 3] and len(skipped) < 15
@@ -239,6 +240,7 @@ class Recorder(torch.nn.Module):
         self.w, self.rows, self.error, self.asked = torch.nn.Parameter(torch.ones(3)), rows, error, []
 
     def forward(self, x, y):
+        assert torch.is_autocast_enabled("cpu")
         self.asked.append(len(x))
         if len(x) > self.rows:
             raise self.error
@@ -272,6 +274,16 @@ def test_memory_that_runs_out_is_seen_whoever_says_it(error, monkeypatch):
 def test_another_error_of_the_gpu_is_not_taken_for_memory():
     with pytest.raises(RuntimeError, match="illegal memory access"):
         fit_micro_batch(Recorder(4, RuntimeError("CUDA error: an illegal memory access")), tiny_config(), gpu_world())
+
+
+def out_of_memory(step, parameters):
+    raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+
+def test_memory_that_runs_out_later_is_one_line_of_advice(base, tmp_path):
+    line = run(command(base), tmp_path, functools.partial(after_backward, out_of_memory), status=2).err
+    assert line == ("train_gpt2.py: try half as many rows, --micro_batch_size: CUDA out of memory. Tried to allocate "
+                    "2 GiB\n")
 
 
 # ---- one process fails while the others wait
@@ -388,7 +400,8 @@ PEAKS = {
     "NVIDIA RTX PRO 6000 Blackwell Workstation Edition": 503.8e12, "NVIDIA RTX 6000 Ada Generation": 364e12,
     "NVIDIA RTX A6000": 154.8e12, "Tesla T4": 65e12, "Tesla V100-SXM2-16GB": 125e12, "NVIDIA RTX A1000": None,
     "NVIDIA T400": None, "NVIDIA A10": None, "NVIDIA GH200 480GB": None, "NVIDIA GeForce RTX 4090 Laptop GPU": None,
-    "NVIDIA GeForce RTX 3090 Ti": None, "NVIDIA H200 NVL": 835e12, "NVIDIA A100-SXM4-40GB MIG 1g.5gb": None, "": None}
+    "NVIDIA GeForce RTX 3090 Ti": None, "NVIDIA H200": 989e12, "NVIDIA H200 NVL": 835e12,
+    "NVIDIA A100-SXM4-40GB MIG 1g.5gb": None, "": None}
 
 
 @pytest.mark.parametrize("gpu, peak", PEAKS.items())
@@ -401,6 +414,16 @@ def test_a_gpu_is_known_by_its_whole_name(gpu, peak):
     seconds = cfg.total_batch_size * (6 * parameters + 12 * 3 * 24 * 11) / 50e12 / 2
     said = re.search(r"MFU ([\d.]+%)", describe_step(3, 4.2, 1e-3, 0.9, [9.0, seconds], model, cfg, world))
     assert (said and said[1]) == (peak and f"{50e12 / peak:.1%}")
+
+
+def test_what_the_line_of_a_step_says(monkeypatch):
+    """The time left is that of steps like the last ones: not of the first, nor of one that was disturbed."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**30)
+    seconds = [9.0] * 40 + [2.0] * 20 + [5.0]
+    assert describe_step(3, 4.2, 1e-3, 0.9, seconds, tiny_model(), tiny_config(max_steps=13), FakeWorld()) == (
+        "step     3 | loss 4.200000 | lr 1.0000e-03 | norm 0.9000 | 5000.0 ms | 26 tok/s | 3.0 GiB at most | "
+        "ETA 0:00:18")
 
 
 def windows_console():
@@ -428,9 +451,10 @@ def test_older_pytorch_is_enough(base, tmp_path):
 
 # ---- disks
 
-def test_a_disk_without_locks_is_written_to(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(37, "No locks available"), NotImplementedError()])
+def test_a_disk_without_locks_is_written_to(tmp_path, monkeypatch, error):
     def refuse(*arguments, **options):
-        raise OSError(37, "No locks available")
+        raise error
 
     monkeypatch.setattr("filelock.FileLock.acquire", refuse)
     with contextlib.closing(Log(tiny_config(log_dir=str(tmp_path)), FakeWorld(), 0)) as log:

@@ -6,10 +6,13 @@ weights by far more.
 """
 import os
 import re
+import shutil
+from functools import partial
 
 import pytest
 import torch
 
+from conftest import ROOT
 from helpers import tiny_config
 from launch import command, farthest, flat, log_values, run, run_many, saved
 from train_gpt2 import UserError, World
@@ -79,6 +82,20 @@ def test_bfloat16_in_two_processes(base, tmp_path):
     ours, theirs = log_values(tmp_path / "log2"), log_values(tmp_path / "log1")
     assert all(ours[stream] == pytest.approx(theirs[stream], rel=1e-3) for stream in ("train", "val"))
     assert ours != theirs  # it was bfloat16
+
+
+def with_questions(folder):
+    """Rig this process: HellaSwag's questions are there."""
+    os.environ["HELLASWAG_DIR"] = str(folder)
+
+
+def test_hellaswags_questions_are_shared_out(base, tmp_path):
+    """Each is answered once: in the standard errors it counts how many there are."""
+    shutil.copy(ROOT / "tests/hellaswag_fixture.jsonl", tmp_path / "hellaswag_val.jsonl")
+    one, two = (run_many(size, command(base, f"log{size}", hellaswag_every=1, max_steps=1, warmup_steps=1), tmp_path,
+                         partial(with_questions, tmp_path))[0].out for size in (1, 2))
+    scores = re.findall("HellaSwag: .*", one)
+    assert len(scores) == 2 and scores == re.findall("HellaSwag: .*", two)
 
 
 def tell_of_writing():

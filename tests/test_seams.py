@@ -13,8 +13,8 @@ import torch
 import fineweb
 import train_gpt2
 from helpers import TINY, FakeWorld, random_ids, tiny_config, tiny_model, write_shards
-from launch import log_values
-from train_gpt2 import GPT, Corpus, GPTConfig, TrainConfig, UserError, main, parse_config
+from launch import log_values, saved
+from train_gpt2 import GPT, Corpus, DataLoaderLite, GPTConfig, TrainConfig, UserError, main, parse_config
 
 TEXT = "\n\n\n".join(f"Chapter {n}. The {a} fox number {n * n} jumps over {b} lazy dogs, it isn't {n % 7}; so what?"
                      for n, (a, b) in enumerate(zip(["quick", "brown", "old", "sly"] * 60, ["two", "three"] * 120)))
@@ -54,9 +54,12 @@ def test_fine_tuning_begins_with_the_weights_moves_them_all_and_takes_the_shape_
     source, out, wpe = f"{kind}_{name}", f"tuned_{kind}_{name}_{optimizer}", "transformer.wpe.weight"
     before = weights(source)
     assert len(before["transformer.wte.weight"]) == (n_vocab if kind == "hf" else 384)
-    values = main([*TUNE, "--init", source, "--data_dir", name, "--log_dir", out, "--block_size", str(T), "--optimizer",
-                   optimizer, "--max_steps", "2", "--sample_every", "2", "--prompt", "longer than eight tokens"])
+    words = [*TUNE, "--init", source, "--data_dir", name, "--log_dir", out, "--block_size", str(T), "--optimizer",
+             optimizer, "--max_steps", "2", "--sample_every", "2", "--prompt", "longer than eight tokens"]
+    values = main(words)
     assert sorted(values["train"]) == [0, 1]
+    again = main([*words, "--resume"])["val"]  # from the checkpoint, not from --init
+    assert again == pytest.approx(values["val"], rel=1e-6)
     if kind == "log" and T == 16:
         assert values["val"][0] == pytest.approx(log_values(f"log_{name}")["val"][4], rel=1e-5)
     before[wpe], after = before[wpe][:T], weights(out)
@@ -78,6 +81,8 @@ def test_what_comes_along_from_a_checkpoint(world, monkeypatch):
         16, 384, TrainConfig.weight_decay, TrainConfig.data_dir, TrainConfig.max_steps)
     seen, _ = parse_config("eval", ["--init", "log_bytes"])
     assert (seen.weight_decay, seen.data_dir, seen.max_steps) == (0.3, "bytes", 4)
+    assert parse_config("eval", ["--log_dir", "log_bytes"])[0] == seen
+    assert parse_config("train", ["--init", "hf_bytes"])[0].block_size == 16
 
 
 # ---- which wins
@@ -97,9 +102,8 @@ def test_which_setting_wins(world, tmp_path, monkeypatch):
     says = dict(flag=["--n_layer", "1"], config=["--config", "c.json"], preset=["--preset", "mine"],
                 remembered=["--resume"], found=["--init", str(world / "log_bytes")])
     for stronger, weaker in combinations(LAYERS, 2):
-        if (stronger, weaker) != ("remembered", "found"):
-            for argv in (says[stronger] + says[weaker], says[weaker] + says[stronger]):
-                assert parse_config("train", argv)[0].n_layer == LAYERS[stronger], (stronger, weaker)
+        for argv in (says[stronger] + says[weaker], says[weaker] + says[stronger]):
+            assert parse_config("train", argv)[0].n_layer == LAYERS[stronger], (stronger, weaker)
 
 
 # ---- models from elsewhere
@@ -147,15 +151,32 @@ def test_transformers_stops_where_a_padded_model_says(world):
     assert out.tolist() == [[65, 66, 256]]
 
 
-def test_the_mark_is_the_end_of_a_text_not_its_beginning(tmp_path):
-    tiny_model().save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "bos_token_id": 1, "eos_token_id": 2}))
-    assert GPT.from_pretrained(tmp_path).eot == 2
+def test_the_mark_of_another_tokenizer_travels_with_a_checkpoint(world, tmp_path):
+    """One that has no <|endoftext|>, but another id that ends a text."""
+    checkpoint = saved(world / "log_bpe", 4)
+    text = checkpoint["data"]["json"].replace("<|endoftext|>", "<|pad|>")
+    checkpoint["data"].update(tokenizer="another", eot=5, json=text)
+    torch.save(checkpoint, tmp_path / "copy.pt")
+    model, tokenizer = train_gpt2.load_model(str(tmp_path / "copy.pt"))
+    assert model.eot == tokenizer.eot_token == 5
+
+
+def test_a_tokenizer_of_more_ids_than_the_model_has_is_refused(world, tmp_path):
+    shutil.copytree(world / "hf_bytes", tmp_path / "hf")
+    shutil.copy(world / "hf_bpe/tokenizer.json", tmp_path / "hf")
+    with pytest.raises(UserError, match="its tokenizer has more ids than its model"):
+        train_gpt2.load_model(str(tmp_path / "hf"))
 
 
 def another_kind(folder):
     return "log_bpe", "bytes"
+
+
+def another_name(folder):
+    """Shards whose tokenizer is not at hand."""
+    shutil.copytree("bpe", folder / "data")
+    (folder / "data/tokenizer.json").unlink()
+    return "log_bytes", str(folder / "data")
 
 
 def other_words(folder):
@@ -174,7 +195,7 @@ def another_mark(folder):
     return str(folder / "model"), "bpe"
 
 
-@pytest.mark.parametrize("make", [another_kind, other_words, another_mark])
+@pytest.mark.parametrize("make", [another_kind, another_name, other_words, another_mark])
 def test_shards_of_another_tokenizer_are_refused(world, tmp_path, monkeypatch, make):
     """In eval and in fine-tuning, though all ids fit."""
     monkeypatch.chdir(world)
@@ -205,6 +226,9 @@ def test_a_shard_that_ends_at_a_windows_border(tmp_path, size, windows):
         corpus = Corpus(tmp_path, "train", 16, 37)
         assert corpus.n_windows == windows
         assert corpus.windows([windows - 1])[0].tolist() == [i % 30 for i in range(16 * windows - 16, 16 * windows + 1)]
+        DataLoaderLite(corpus, 1, tiny_config(block_size=16, total_batch_size=16 * windows), FakeWorld())
+        with pytest.raises(UserError, match="less than a step"):
+            DataLoaderLite(corpus, 1, tiny_config(block_size=16, total_batch_size=16 * windows + 16), FakeWorld())
 
 
 # ---- what auto chooses
@@ -215,6 +239,8 @@ def test_what_auto_chooses_on_a_cpu(rows, size, block_size, B):
     """The largest divisor of a process's rows that stays within 4,096 tokens."""
     cfg = tiny_config(block_size=block_size, total_batch_size=rows * block_size)
     assert train_gpt2.fit_micro_batch(tiny_model(), cfg, FakeWorld(size=size)) == B
+    cfg.micro_batch_size = 5
+    assert train_gpt2.fit_micro_batch(tiny_model(), cfg, FakeWorld(size=size)) == 5  # who asks for it, gets it
 
 
 @pytest.mark.parametrize("n_vocab, rows", [(256, 256), (257, 384), (384, 384), (2048, 2048)])
@@ -224,6 +250,20 @@ def test_a_vocabulary_is_padded_to_a_multiple_of_128(tmp_path, n_vocab, rows):
     write_shards(tmp_path, [[1] * 20], "val")
     meta, _, _ = train_gpt2.open_data(cfg, FakeWorld(), quiz=False)
     assert cfg.vocab_size == rows and meta["vocab_size"] == n_vocab
+
+
+def test_data_that_is_missing_is_fetched_by_process_0_alone(tmp_path, monkeypatch):
+    """The laptop preset's text and HellaSwag's questions; here by the second of two, which leaves it to the first."""
+    world, left, tokenizer = FakeWorld(1, 2), [], fineweb.load_tokenizer("bytes")
+    world.first = left.append
+    for name in "fineweb.main", "hellaswag.find_data":
+        monkeypatch.setattr(name, lambda *words: pytest.fail("both would write"))
+    monkeypatch.setattr("hellaswag.iterate_examples", lambda split: [])
+    monkeypatch.setattr(train_gpt2, "load_tokenizer", lambda source: tokenizer)
+    monkeypatch.chdir(tmp_path)
+    write_shards(tmp_path / "data/builtin", [[1] * 20], "val")
+    train_gpt2.open_data(tiny_config(data_dir="data/builtin", vocab_size=0), world, quiz=True)
+    assert len(left) == 2
 
 
 # ---- devices

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers import TINY, gap, hf_twin, random_ids, tiny_model
-from train_gpt2 import GPT, GPTConfig, UserError
+from train_gpt2 import GPT, GPTConfig, UserError, fetch_pretrained
 
 # Of what openai-community/gpt2 has in its config.json; much of it means nothing to us.
 OPENAI = {"activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "bos_token_id": 50256,
@@ -102,6 +102,13 @@ def test_every_form_that_gpt2_files_come_in_is_read(theirs, folder, change):
     assert gap(model(idx)[0], theirs(idx).logits) < (0.1 if change is halved else 1e-4)
 
 
+@pytest.mark.parametrize("eos, eot", [(35, 35), (50256, 36), (None, 36)])
+def test_the_mark_is_the_end_of_a_text_not_its_beginning(folder, eos, eot):
+    """Many small models name OpenAI's, which they haven't; then it is the last id."""
+    configure(folder, bos_token_id=1, eos_token_id=eos)
+    assert GPT.from_pretrained(folder).eot == eot
+
+
 # ---- what is refused, in one line that names the folder
 
 C_ATTN = "transformer.h.1.attn.c_attn.weight"
@@ -165,6 +172,13 @@ def test_a_name_that_cannot_be_fetched_is_one_clear_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no-such-owner/no-such-model") as error:
         GPT.from_pretrained("no-such-owner/no-such-model")
     assert "\n" not in str(error.value)
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: asked.append(name))
+    for name in "gpt2-xl", "owner/name":
+        fetch_pretrained(name)
+    with pytest.raises(UserError, match="^log: no such checkpoint"):
+        fetch_pretrained("log")
+    assert asked == ["openai-community/gpt2-xl", "owner/name"]
 
 
 # ---- out
