@@ -63,7 +63,7 @@ from fineweb import UserError, insist, load_tokenizer, open_shards, read_json, r
 # ----------------------------------------------------------------------------------------------- 1. the model
 # Ids in, logits out: a score for every id of the vocabulary. Each id is looked up as a vector of C numbers: what it
 # means, plus where it stands. Then, twelve times over, each position looks at itself and those before it, and processes
-# what it saw. What it finds either way is added to its vector, which is called the residual stream. At the end that is
+# what it saw. What it finds in both is added to its vector, which is called the residual stream. At the end that is
 # compared with the vector of every id: the better the two match, the higher the score of that id as the next one.
 
 @dataclass
@@ -582,10 +582,10 @@ def train(cfg):
     raw_model.n_vocab, raw_model.eot = meta["vocab_size"], meta["eot"]
     optimizers = configure_optimizers(raw_model, cfg, world.device, world.dtype)
     start = restore(raw_model, optimizers, meta, tokenizer, cfg, world)  # what --resume and --init say
+    loader = DataLoaderLite(train_data, 1 if cfg.micro_batch_size == "auto" else cfg.micro_batch_size, cfg, world)
     # Two names for one set of parameters. `model` is compiled and averages gradients over processes. It needs one shape
     # and all processes at once: training and val loss have both. HellaSwag, samples and checkpoints use `raw_model`,
     # which takes any shape and can be used by one process alone.
-    loader = DataLoaderLite(train_data, 1 if cfg.micro_batch_size == "auto" else cfg.micro_batch_size, cfg, world)
     model = world.wrap(raw_model)
     loader.B = B = fit_micro_batch(model, cfg, world)
     log = Log(cfg, world, start)
