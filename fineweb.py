@@ -1,5 +1,4 @@
 """Text in, shards of tokens out: everything that `train_gpt2.py` reads is made here.
-
     python fineweb.py                                           # FineWeb-Edu sample-10BT: 100 shards of 100M tokens
     python fineweb.py --pretokenized 10                         # the same, ready-made: val and 10 train shards
     python fineweb.py --source tinystories                      # or any data set of the hub: --source OWNER/NAME
@@ -413,11 +412,12 @@ def parse_args(argv):
     add("--shard_size", type=int, default=100_000_000, help="tokens in a shard (default: %(default)s)")
     add("--val_fraction", type=float, default=0.1, help="share of val, if none (default: %(default)s)")
     add("--seed", type=int, default=1337, help="for the order of local documents (default: %(default)s)")
-    add("--workers", type=int, default=os.cpu_count(), help="threads that tokenize (default: one per core)")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="threads that tokenize (default: one per core)")
     add("--pretokenized", type=int, nargs="?", const=99, metavar="N", help=f"fetch N shards of {READY_MADE}")
     args = parser.parse_args(argv)
     insist(re.fullmatch("gpt2|bytes|bpe:[0-9]{3,5}", args.tokenizer), "--tokenizer: gpt2, bytes, or bpe:N, N from 257")
-    insist(0 < args.val_fraction < 1, f"--val_fraction {args.val_fraction}: it must lie between 0 and 1")
+    insist(0 < args.val_fraction < 1 and min(args.workers, args.shard_size, args.max_tokens or 1, args.seed + 1) > 0,
+           "--val_fraction must lie between 0 and 1, --workers, --shard_size, --max_tokens above 0, --seed not below 0")
     insist(args.pretokenized is None or (args.tokenizer, args.source) == ("gpt2", ["fineweb-edu"]),
            "--pretokenized is FineWeb-Edu in GPT-2's tokens: leave out --source and --tokenizer")
     return args

@@ -539,7 +539,7 @@ def evaluate_loss(model, corpus, B, cfg, world):
     with hellaswag.evaluating(model):
         for start in range(world.rank * B, n, world.size * B):
             tokens = corpus.windows(range(start, min(start + B, n)))
-            # A short last batch is filled up with -100, which is no target: another shape would be compiled anew.
+            # A short last batch is filled up with -100, which isn't a target: another shape would be compiled anew.
             tokens = F.pad(tokens, (0, 0, 0, B - len(tokens)), value=-100)   # (B, T+1)
             x = tokens[:, :-1].clamp(min=0).to(world.device)             # (B, T)
             y = tokens[:, 1:].to(world.device)                           # (B, T)
@@ -986,12 +986,12 @@ def restore(model, optimizers, meta, tokenizer, cfg, world):
     cfg.resume = world.any(cfg.resume)  # only the machine whose process died is told of a restart
     checkpoint = find_checkpoint(cfg.log_dir) if cfg.resume else None
     step = checkpoint["step"] if checkpoint else 0
-    insist(step <= cfg.max_steps, f"--max_steps {cfg.max_steps}: the run in {cfg.log_dir} has made {step} already")
     insist(not world.any(world.sum(torch.tensor(float(step))) != step * world.size),
            f"--log_dir {cfg.log_dir} holds other checkpoints on other machines: use a folder they share")
-    fixed = [field.name for field in fields(GPTConfig)]  # with others, the weights would not fit
+    insist(step <= cfg.max_steps, f"--max_steps {cfg.max_steps}: the run in {cfg.log_dir} has made {step} already")
+    fixed = [field.name for field in fields(GPTConfig)]  # else the weights would not fit
     if checkpoint:
-        fixed += ["optimizer", "shuffle", "seed", "total_batch_size", "tokenizer", "train_tokens"]  # and its text
+        fixed += ["optimizer", "shuffle", "seed", "total_batch_size", "tokenizer", "train_tokens"]  # or the text differ
         source, then, weights = cfg.log_dir, {**checkpoint["data"], **checkpoint["config"]}, checkpoint["model"]
     elif cfg.init != "scratch":
         other = load_init(cfg, meta, tokenizer)

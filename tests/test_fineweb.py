@@ -632,7 +632,8 @@ def test_ready_made_shards(tmp_path, monkeypatch):
 @pytest.mark.parametrize("arguments, words", [
     (["--bogus"], "--bogus"), (["--tokenizer", "bpe:x"], "bpe:N"), (["--tokenizer", "gpt4"], "gpt2"),
     (["--tokenizer", "bpe:3"], "257"), (["--tokenizer", "bpe:9999"], "not 9999: use --tokenizer bpe:"),
-    (["--val_fraction", "10"], "between 0 and 1"),
+    (["--val_fraction", "10"], "between 0 and 1"), (["--workers", "0"], "above 0"), (["--max_tokens", "-5"], "above 0"),
+    (["--source", "builtin", "--seed", "-1"], "not below 0"), (["--shard_size", "0"], "above 0"),
     (["--source", "none.txt"], "none.txt"), (["--source", "t.txt", "none.txt"], "none.txt"),
     (["--source", "nonsense"], "nonsense"), (["--pretokenized", "--tokenizer", "bytes"], "--tokenizer"),
     (["--source"], "--source"),
